@@ -1,0 +1,3 @@
+//! Devices: what an op is, and who runs it.
+
+pub mod host;
