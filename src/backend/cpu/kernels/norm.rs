@@ -1,0 +1,164 @@
+//! Normalisation: over groups of channels of an image, and over the last dimension. Sums are taken
+//! in f64, in an order that follows from the shape alone.
+
+use candle_core::CpuStorage;
+use rayon::prelude::*;
+
+use super::super::Storage;
+use super::memory::{Rows, TASK, channels_last, result, row_major};
+use super::simd::{for_each_isa, silu};
+use super::spare;
+use crate::backend::{GroupNorm, LayerNorm, Meta, View};
+use crate::error::{Error, Result};
+
+/// See [`GroupNorm`]; `(batch, height, width, channels)` in memory.
+pub fn group_norm(op: &GroupNorm, args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuStorage> {
+    let ([x, weight, bias], &[_, channels, height, width]) = (args, meta.layout.dims()) else {
+        return Err(Error::other("group_norm takes an image, a weight and a bias"));
+    };
+    let (x, weight, bias) = (channels_last(*x)?, row_major(*weight)?, row_major(*bias)?);
+    let image = channels * height * width;
+    // Whole pixels for each task.
+    let task = (TASK / channels).max(1) * channels;
+    let tasks = image.div_ceil(task);
+    let sums: Vec<Vec<f64>> = (0..x.len() / image * tasks)
+        .into_par_iter()
+        .map(|i| {
+            let image = &x[i / tasks * image..][..image];
+            let start = i % tasks * task;
+            let mut sums = vec![0.0; 2 * channels];
+            sum_pixels(&image[start..image.len().min(start + task)], &mut sums);
+            sums
+        })
+        .collect();
+    let scales: Vec<Vec<f32>> = sums
+        .chunks(tasks)
+        .map(|tasks| scale_and_shift(op, tasks, height * width, &weight, &bias))
+        .collect();
+    let mut values = spare::take(x.len())?;
+    // One image after another, so that a piece never spans two.
+    for ((to, from), scale) in values.chunks_mut(image).zip(x.chunks(image)).zip(&scales) {
+        let pieces = to.par_chunks_mut(task).zip(from.par_chunks(task));
+        pieces.for_each(|(to, from)| {
+            let (scale, shift) = scale.split_at(channels);
+            if op.silu {
+                affine_silu(from, to, scale, shift);
+            } else {
+                affine(from, to, scale, shift);
+            }
+        });
+    }
+    result(values, meta.dtype)
+}
+
+/// Per channel: what x is multiplied with, then what is added. From sums and sums of squares per
+/// channel of pieces of one image.
+fn scale_and_shift(
+    op: &GroupNorm,
+    pieces: &[Vec<f64>],
+    pixels: usize,
+    weight: &[f32],
+    bias: &[f32],
+) -> Vec<f32> {
+    let channels = weight.len();
+    let mut sums = vec![0.0; 2 * channels];
+    for piece in pieces {
+        for (sum, piece) in sums.iter_mut().zip(piece) {
+            *sum += piece;
+        }
+    }
+    let (sum, squares) = sums.split_at(channels);
+    let per_group = channels / op.groups;
+    let count = (per_group * pixels) as f64;
+    let mut result = vec![0.0; 2 * channels];
+    for channel in 0..channels {
+        let group = channel / per_group * per_group..(channel / per_group + 1) * per_group;
+        let mean = sum[group.clone()].iter().sum::<f64>() / count;
+        let square = squares[group].iter().sum::<f64>() / count;
+        let variance = (square - mean * mean).max(0.0);
+        let scale = f64::from(weight[channel]) / (variance + op.eps).sqrt();
+        result[channel] = scale as f32;
+        result[channels + channel] = (f64::from(bias[channel]) - mean * scale) as f32;
+    }
+    result
+}
+
+for_each_isa! {
+    /// Adds each channel's sum over pixels, and its sum of squares.
+    pub fn sum_pixels(pixels: &[f32], sums: &mut [f64]) {
+        let (sum, squares) = sums.split_at_mut(sums.len() / 2);
+        for pixel in pixels.chunks_exact(sum.len()) {
+            for ((sum, square), &x) in sum.iter_mut().zip(squares.iter_mut()).zip(pixel) {
+                let x = f64::from(x);
+                *sum += x;
+                *square += x * x;
+            }
+        }
+    }
+}
+
+for_each_isa! {
+    pub fn affine(from: &[f32], to: &mut [f32], scale: &[f32], shift: &[f32]) {
+        let pixels = from.chunks_exact(scale.len()).zip(to.chunks_exact_mut(scale.len()));
+        for (from, to) in pixels {
+            for (((to, from), scale), shift) in to.iter_mut().zip(from).zip(scale).zip(shift) {
+                *to = from * scale + shift;
+            }
+        }
+    }
+}
+
+for_each_isa! {
+    pub fn affine_silu(from: &[f32], to: &mut [f32], scale: &[f32], shift: &[f32]) {
+        let pixels = from.chunks_exact(scale.len()).zip(to.chunks_exact_mut(scale.len()));
+        for (from, to) in pixels {
+            for (((to, from), scale), shift) in to.iter_mut().zip(from).zip(scale).zip(shift) {
+                *to = silu(from * scale + shift);
+            }
+        }
+    }
+}
+
+/// See [`LayerNorm`]; row-major.
+pub fn layer_norm(op: &LayerNorm, args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuStorage> {
+    let ([x, weight, bias], Some(&width)) = (args, meta.layout.dims().last()) else {
+        return Err(Error::other("layer_norm takes 3 operands with dimensions"));
+    };
+    let (x, weight, bias) = (Rows::read(*x)?, row_major(*weight)?, row_major(*bias)?);
+    let mut values = spare::take(meta.layout.shape().elem_count())?;
+    let rows = (TASK / width).max(1);
+    values.par_chunks_mut(rows * width).enumerate().for_each(|(task, piece)| {
+        for (i, to) in piece.chunks_exact_mut(width).enumerate() {
+            normalise_row(x.row(task * rows + i), to, &weight, &bias, op.eps);
+        }
+    });
+    result(values, meta.dtype)
+}
+
+for_each_isa! {
+    pub fn normalise_row(from: &[f32], to: &mut [f32], weight: &[f32], bias: &[f32], eps: f64) {
+        const LANES: usize = 16;
+        let (mut sums, mut squares) = ([0f64; LANES], [0f64; LANES]);
+        let (blocks, rest) = from.as_chunks::<LANES>();
+        for block in blocks {
+            for ((sum, square), &x) in sums.iter_mut().zip(&mut squares).zip(block) {
+                let x = f64::from(x);
+                *sum += x;
+                *square += x * x;
+            }
+        }
+        for ((sum, square), &x) in sums.iter_mut().zip(&mut squares).zip(rest) {
+            let x = f64::from(x);
+            *sum += x;
+            *square += x * x;
+        }
+        let count = from.len() as f64;
+        let mean = sums.iter().sum::<f64>() / count;
+        let variance = (squares.iter().sum::<f64>() / count - mean * mean).max(0.0);
+        let scale = 1.0 / (variance + eps).sqrt();
+        let (mean, scale) = (mean as f32, scale as f32);
+        for (((to, from), weight), bias) in to.iter_mut().zip(from).zip(weight).zip(bias) {
+            *to = (from - mean) * scale * weight + bias;
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Vector instructions: which of them this processor has, and functions of one number that the
+//! compiler turns into vector loops. Separate because every kernel needs both and must not care.
+
+/// The instructions that kernels are compiled for; the best that the processor has is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    /// x86-64 with AVX-512 F.
+    Avx512,
+    /// x86-64 with AVX2 and FMA.
+    Avx2,
+    /// What every processor of the target has.
+    Portable,
+}
+
+impl Isa {
+    /// The best of this processor.
+    pub fn detect() -> Self {
+        Self::available()[0]
+    }
+
+    /// All that this processor can run, best first.
+    pub fn available() -> &'static [Self] {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f") {
+                return &[Isa::Avx512, Isa::Avx2, Isa::Portable];
+            }
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                return &[Isa::Avx2, Isa::Portable];
+            }
+        }
+        &[Isa::Portable]
+    }
+}
+
+/// Compiles a loop once for each [`Isa`] and picks the copy at run time. All copies give the same
+/// bits: they differ in width only, since nothing here fuses a product with a sum.
+macro_rules! for_each_isa {
+    (
+        $(#[$meta:meta])*
+        pub fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? $body:block
+    ) => {
+        $(#[$meta])*
+        pub fn $name($($arg: $type),*) $(-> $out)? {
+            #[inline(always)]
+            fn portable($($arg: $type),*) $(-> $out)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f")]
+            fn avx512($($arg: $type),*) $(-> $out)? {
+                portable($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $type),*) $(-> $out)? {
+                portable($($arg),*)
+            }
+            match $crate::backend::cpu::kernels::simd::Isa::detect() {
+                // SAFETY: `detect` names only what the processor has.
+                #[cfg(target_arch = "x86_64")]
+                $crate::backend::cpu::kernels::simd::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::backend::cpu::kernels::simd::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                #[cfg(not(target_arch = "x86_64"))]
+                $crate::backend::cpu::kernels::simd::Isa::Avx512
+                | $crate::backend::cpu::kernels::simd::Isa::Avx2 => portable($($arg),*),
+                $crate::backend::cpu::kernels::simd::Isa::Portable => portable($($arg),*),
+            }
+        }
+    };
+}
+pub(super) use for_each_isa;
+
+/// eˣ to 2 units in the last place for x in −87.3..88.3, and the value at that end beyond.
+/// (Cephes' `expf`, with the rounding to an integer done by adding 1.5 · 2²³.)
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0;
+    let x = x.clamp(-87.3, 88.3);
+    let shifted = x * std::f32::consts::LOG2_E + MAGIC;
+    let power = shifted - MAGIC;
+    // ln 2 in two parts, so that the product with a small integer is exact in the first.
+    let rest = x - power * 0.693_359_4 - power * -2.121_944_4e-4;
+    let mut sum = 1.987_569_1e-4;
+    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        sum = sum * rest + coefficient;
+    }
+    let mantissa = sum * rest * rest + rest + 1.0;
+    let exponent = (shifted.to_bits().wrapping_sub(MAGIC.to_bits())).wrapping_add(127) << 23;
+    mantissa * f32::from_bits(exponent)
+}
+
+/// The error function to 1e-7, by N. Juffa's two minimax polynomials: one for the middle, one for
+/// ln(1 − erf) outside.
+#[inline(always)]
+pub fn erf(x: f32) -> f32 {
+    let (size, square) = (x.abs(), x * x);
+    let low = -1.728_534_7e-5 * size + 3.831_971_3e-4;
+    let high = -3.883_964_4e-3 * size + 2.425_462_2e-2;
+    let mut outside = low * square + high;
+    for coefficient in [-1.067_778_8e-1, -6.348_467e-1, -1.287_175_1e-1] {
+        outside = outside * size + coefficient;
+    }
+    let outside = (1.0 - exp(outside * size - size)).copysign(x);
+    let mut middle = -5.967_617e-4;
+    for coefficient in
+        [4.991_194_2e-3, -2.676_813_5e-2, 1.128_199_25e-1, -3.761_253_4e-1, 1.283_791_7e-1]
+    {
+        middle = middle * square + coefficient;
+    }
+    let middle = middle * x + x;
+    // Beyond 4 the polynomials leave their range and erf is 1 in f32.
+    let outside = if size > 4.0 { 1f32.copysign(x) } else { outside };
+    if size > 0.927_734_4 { outside } else { middle }
+}
+
+/// x · sigmoid(x).
+#[inline(always)]
+pub fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// The exact gelu, x/2 · (1 + erf(x/√2)).
+#[inline(always)]
+pub fn gelu(x: f32) -> f32 {
+    0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
+}
+
+/// x · sigmoid(1.702 x).
+#[inline(always)]
+pub fn quick_gelu(x: f32) -> f32 {
+    x / (1.0 + exp(-1.702 * x))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_and_erf_are_exact_to_a_few_units_in_the_last_place() {
+        let (mut worst_exp, mut worst_erf) = (0f64, 0f64);
+        for i in -870_000..880_000 {
+            let x = i as f32 * 1e-4;
+            let true_exp = f64::from(x).exp();
+            worst_exp = worst_exp.max((f64::from(exp(x)) - true_exp).abs() / true_exp);
+            let z = x / 10.0;
+            let true_erf = candle_core::cpu::erf::erf_f64(f64::from(z));
+            worst_erf = worst_erf.max((f64::from(erf(z)) - true_erf).abs());
+        }
+        assert!(worst_exp < 2.4e-7, "exp is off by {worst_exp}");
+        assert!(worst_erf < 1.2e-7, "erf is off by {worst_erf}");
+    }
+
+    #[test]
+    fn not_a_number_stays_so_and_infinities_saturate() {
+        assert!(exp(f32::NAN).is_nan() && erf(f32::NAN).is_nan() && silu(f32::NAN).is_nan());
+        assert!(exp(f32::NEG_INFINITY) < 1.3e-38);
+        assert_eq!((erf(f32::INFINITY), erf(f32::NEG_INFINITY)), (1.0, -1.0));
+        assert_eq!((gelu(50.0), silu(100.0)), (50.0, 100.0));
+    }
+}

@@ -1,0 +1,118 @@
+//! Weights in the form that products read: packed once at load (`prepare`), or just now where a
+//! plain tensor is given. Separate because convolutions and linear layers share all of it.
+
+use std::ops::Deref;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType, Layout};
+
+use super::super::Storage;
+use super::matrix::{Panels, Source};
+use super::memory::{Element, check, unsupported};
+use crate::backend::{Role, View};
+use crate::error::{Error, Result};
+
+/// A weight in the form that a kernel reads: panels of f32, whatever dtype it stands for.
+#[derive(Debug)]
+pub struct Packed {
+    role: Role,
+    dtype: DType,
+    dims: Vec<usize>,
+    panels: Panels,
+}
+
+impl Packed {
+    /// The dtype of the operands that it goes with.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Bytes of the panels.
+    pub fn held_bytes(&self) -> u64 {
+        self.panels.held_bytes()
+    }
+}
+
+/// See [`crate::backend::Fused::Prepare`].
+///
+/// # Errors
+/// If it is not a weight of that role, or the memory cannot be had.
+pub fn prepare(role: Role, weight: View<'_, Storage>) -> Result<Packed> {
+    check(weight)?;
+    let panels = match weight.storage.elements()? {
+        CpuStorage::F32(values) => pack(role, values, weight.layout),
+        CpuStorage::F16(values) => pack(role, values, weight.layout),
+        CpuStorage::BF16(values) => pack(role, values, weight.layout),
+        other => Err(unsupported(other.dtype())),
+    }?;
+    Ok(Packed { role, dtype: weight.storage.dtype(), dims: weight.layout.dims().to_vec(), panels })
+}
+
+fn pack<T: Element>(role: Role, values: &[T], layout: &Layout) -> Result<Panels> {
+    let (dims, stride, offset) = (layout.dims(), layout.stride(), layout.start_offset());
+    match (role, dims, stride) {
+        (Role::Linear, &[columns, channels], &[column_stride, channel_stride]) => {
+            let taps = &[0];
+            let source = Source { offset, columns, column_stride, taps, channels, channel_stride };
+            Panels::pack(values, &source)
+        }
+        (
+            Role::Conv2d,
+            &[columns, channels, height, width],
+            &[of_column, of_channel, of_y, of_x],
+        ) => {
+            let count = height.checked_mul(width).filter(|&count| count <= 1 << 16);
+            if count.is_none() {
+                return Err(Error::other(format!("a kernel of {height} x {width} is too large")));
+            }
+            let taps: Vec<usize> =
+                (0..height).flat_map(|y| (0..width).map(move |x| y * of_y + x * of_x)).collect();
+            let (column_stride, channel_stride, taps) = (of_column, of_channel, &taps);
+            let source = Source { offset, columns, column_stride, taps, channels, channel_stride };
+            Panels::pack(values, &source)
+        }
+        (Role::Linear | Role::Conv2d, dims, _) => {
+            Err(Error::other(format!("a weight of shape {dims:?} is none of {role:?}")))
+        }
+    }
+}
+
+/// The panels of a weight operand.
+pub enum Held<'a> {
+    /// Prepared before.
+    Ready(&'a Packed),
+    /// Packed for this one call.
+    Fresh(Packed),
+}
+
+impl Deref for Held<'_> {
+    type Target = Panels;
+
+    fn deref(&self) -> &Panels {
+        match self {
+            Held::Ready(packed) => &packed.panels,
+            Held::Fresh(packed) => &packed.panels,
+        }
+    }
+}
+
+/// The weight operand of an op.
+///
+/// # Errors
+/// If it was prepared for another role, or is viewed as anything but a whole weight.
+pub fn panels<'a>(weight: View<'a, Storage>, role: Role) -> Result<Held<'a>> {
+    let Some(packed) = weight.storage.packed() else {
+        return Ok(Held::Fresh(prepare(role, weight)?));
+    };
+    let layout = weight.layout;
+    let whole = layout.is_contiguous() && layout.start_offset() == 0;
+    if packed.role != role || packed.dims != layout.dims() || !whole {
+        return Err(Error::other(format!(
+            "a weight prepared for {:?} {:?} is used for {role:?} {:?}",
+            packed.role,
+            packed.dims,
+            layout.dims()
+        )));
+    }
+    Ok(Held::Ready(packed))
+}

@@ -1,1 +1,0 @@
-//! Prompt to token ids.
