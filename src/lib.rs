@@ -23,6 +23,7 @@
 pub mod backend;
 pub mod error;
 pub mod rng;
+pub mod schedule;
 pub mod tensor;
 
 pub use error::{Error, Result};

@@ -1,0 +1,48 @@
+//! DDIM (Song et al. 2020) with eta 0, as diffusers' `DDIMScheduler`.
+
+use super::Compile;
+use super::config::Fields;
+use super::plan::{Combination, Plan, Step};
+use super::prediction::Prediction;
+use super::spacing::{Spacing, Timesteps, round};
+use super::training::NoiseSchedule;
+use crate::Result;
+
+pub(super) struct Ddim {
+    training: NoiseSchedule,
+    prediction: Prediction,
+    timesteps: Timesteps,
+    set_alpha_to_one: bool,
+}
+
+pub(super) fn read(fields: &Fields) -> Result<Ddim> {
+    fields.must_be("thresholding", false, false)?;
+    // diffusers' own default; Stable Diffusion's configurations set it to false.
+    fields.must_be("clip_sample", true, false)?;
+    Ok(Ddim {
+        training: NoiseSchedule::read(fields, true)?,
+        prediction: Prediction::read(fields)?,
+        timesteps: Timesteps::read(fields, Spacing::Leading)?,
+        set_alpha_to_one: fields.flag("set_alpha_to_one", true)?,
+    })
+}
+
+impl Compile for Ddim {
+    fn compile(&self, steps: usize) -> Result<Plan> {
+        let train = self.training.len();
+        let stride = (train / steps) as i64;
+        let step = |timestep: f64| {
+            let visited = timestep as i64;
+            let alpha_cumprod = self.training.alpha_cumprod(visited)?;
+            let next =
+                self.training.alpha_cumprod_or_final(visited - stride, self.set_alpha_to_one)?;
+            let (alpha, sigma) = (alpha_cumprod.sqrt(), (1.0 - alpha_cumprod).sqrt());
+            let sample = Combination::default()
+                .plus_all(next.sqrt(), &self.prediction.original(alpha, sigma))
+                .plus_all((1.0 - next).sqrt(), &self.prediction.noise(alpha, sigma));
+            Ok(Step { timestep, input_scale: 1.0, stores: Vec::new(), sample })
+        };
+        let timesteps = round(self.timesteps.visit(train, steps));
+        Plan::new(1.0, timesteps.into_iter().map(step).collect::<Result<_>>()?)
+    }
+}

@@ -1,0 +1,35 @@
+//! Euler's method with ancestral noise (Katherine Crowson's k-diffusion), as diffusers'
+//! `EulerAncestralDiscreteScheduler`. Noise is drawn in every step but the last, whose share of
+//! noise is zero: diffusers draws it there, too, but nothing that is drawn later sees it.
+
+use super::Compile;
+use super::config::Fields;
+use super::euler::{TrainingSigmas, derivative};
+use super::plan::{Combination, Plan, Source};
+use super::prediction::Prediction;
+use crate::Result;
+
+pub(super) struct EulerAncestral {
+    sigmas: TrainingSigmas,
+    prediction: Prediction,
+}
+
+pub(super) fn read(fields: &Fields) -> Result<EulerAncestral> {
+    Ok(EulerAncestral {
+        sigmas: TrainingSigmas::read(fields)?,
+        prediction: Prediction::read_without_sample(fields)?,
+    })
+}
+
+impl Compile for EulerAncestral {
+    fn compile(&self, steps: usize) -> Result<Plan> {
+        self.sigmas.plan(steps, 0.0, |sigma, next| {
+            let (square, next_square) = (sigma * sigma, next * next);
+            let up_square = next_square * (square - next_square) / square;
+            let down = (next_square - up_square).sqrt();
+            Combination::from(Source::Sample)
+                .plus_all(down - sigma, &derivative(self.prediction, sigma))
+                .plus(Source::Noise, up_square.sqrt())
+        })
+    }
+}

@@ -1,0 +1,170 @@
+//! Whole trajectories against diffusers', from `tests/generate_schedules.py`. Separate from the
+//! other tests because it carries a plan out, in f64, as a pipeline does on a device.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::plan::{Combination, Plan, Source};
+use super::{SchedulerConfig, SchedulerKind};
+use crate::rng::Generator;
+
+/// The fixture's sample.
+const LEN: usize = 3;
+
+/// Of the greater of one and the value: diffusers works in f32.
+const TOLERANCE: f64 = 1e-5;
+
+/// Where a schedule ends in almost no original at all, f32 loses digits on the way.
+fn tolerance(config: &str) -> f64 {
+    let lossy = config.starts_with("cosine betas") || config == "zero terminal snr";
+    if lossy { 10.0 * TOLERANCE } else { TOLERANCE }
+}
+
+/// The fixture's model: its output for a scaled input.
+fn model(input: [f64; LEN], timestep: f64) -> [f64; LEN] {
+    input.map(|value| (value + timestep / 100.0).sin())
+}
+
+fn noise(draw: usize) -> [f64; LEN] {
+    std::array::from_fn(|place| 1.5 * (12.9898 * (LEN * draw + place) as f64 + 1.0).sin())
+}
+
+fn draws() -> impl FnMut() -> [f64; LEN] {
+    let mut draws = 0..;
+    move || noise(draws.next().unwrap_or_default())
+}
+
+/// The first sample, and the sample after every step, of a run with this model and these draws.
+fn carry_out<const N: usize>(
+    plan: &Plan,
+    model: impl Fn([f64; N], f64) -> [f64; N],
+    mut draw: impl FnMut() -> [f64; N],
+) -> Vec<[f64; N]> {
+    let mut slots: Vec<Option<[f64; N]>> = vec![None; plan.slots()];
+    let mut sample = draw().map(|value| value * plan.init_noise_sigma);
+    let mut samples = vec![sample];
+    for step in &plan.steps {
+        let output = model(sample.map(|value| value * step.input_scale), step.timestep);
+        let fresh = step.draws_noise().then(&mut draw);
+        let value_of = |sum: &Combination| {
+            sum.terms().iter().fold([0.0; N], |total, (source, weight)| {
+                let value = match source {
+                    Source::Sample => sample,
+                    Source::Output => output,
+                    Source::Stored(slot) => slots[*slot].expect("written before it is read"),
+                    Source::Noise => fresh.expect("drawn"),
+                };
+                std::array::from_fn(|place| total[place] + weight * value[place])
+            })
+        };
+        let next = value_of(&step.sample);
+        let stored: Vec<(usize, [f64; N])> =
+            step.stores.iter().map(|store| (store.slot, value_of(&store.value))).collect();
+        for (slot, value) in stored {
+            slots[slot] = Some(value);
+        }
+        sample = next;
+        samples.push(sample);
+    }
+    samples
+}
+
+/// The largest error of a case, as a multiple of the tolerance.
+fn compare(case: &Value, config: &Value) -> f64 {
+    let about = format!("{} {} {}", case["config"], case["scheduler"], case["steps"]);
+    let numbers = |value: &Value| -> Vec<f64> {
+        value.as_array().expect("a list").iter().map(|n| n.as_f64().expect("number")).collect()
+    };
+    let kind = SchedulerKind::parse(case["scheduler"].as_str().expect("name")).expect("known");
+    let scheduler = SchedulerConfig::parse(config)
+        .and_then(|config| config.for_scheduler(kind))
+        .unwrap_or_else(|error| panic!("{about}: {error}"));
+    let steps = case["steps"].as_u64().expect("steps") as usize;
+    let plan = scheduler.plan(steps).unwrap_or_else(|error| panic!("{about}: {error}"));
+
+    // Every timestep is an f32; the JSON reader's last bit of an f64 is not.
+    let timesteps: Vec<f64> = plan.steps.iter().map(|step| step.timestep).collect();
+    let theirs: Vec<f64> =
+        numbers(&case["timesteps"]).into_iter().map(|number| f64::from(number as f32)).collect();
+    assert_eq!(timesteps, theirs, "{about}");
+    let sigma = case["init_noise_sigma"].as_f64().expect("init_noise_sigma");
+    assert!((plan.init_noise_sigma / sigma - 1.0).abs() < 1e-6, "{about}: {sigma}");
+
+    let theirs = case["samples"].as_array().expect("samples");
+    let tolerance = tolerance(case["config"].as_str().expect("config"));
+    let mut worst: f64 = 0.0;
+    let samples = carry_out(&plan, model, draws());
+    for (index, (ours, theirs)) in samples[1..].iter().zip(theirs).enumerate() {
+        for (ours, theirs) in ours.iter().zip(numbers(theirs)) {
+            let error = (ours - theirs).abs() / theirs.abs().max(1.0) / tolerance;
+            assert!(error <= 1.0, "{about}, step {index}: {ours} is not diffusers' {theirs}");
+            worst = worst.max(error);
+        }
+    }
+    worst
+}
+
+#[test]
+fn every_trajectory_is_that_of_diffusers() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/schedules.json");
+    let text = std::fs::read_to_string(path).expect("the fixture of generate_schedules.py");
+    let fixture: Value = serde_json::from_str(&text).expect("JSON");
+    let cases = fixture["cases"].as_array().expect("cases");
+    for kind in SchedulerKind::ALL {
+        let own = cases.iter().filter(|case| case["scheduler"] == kind.name());
+        let worst = own.map(|case| {
+            let name = case["config"].as_str().expect("config");
+            (compare(case, &fixture["configs"][name]), name)
+        });
+        let worst = worst.fold((0.0, "no golden"), |a, b| if b.0 > a.0 { b } else { a });
+        // A scheduler without a golden, or one that compares nothing, is not tested.
+        assert!(worst.0 > 0.0, "{}: {}", kind.name(), worst.1);
+        println!("{}: {:.3} of the tolerance ({})", kind.name(), worst.0, worst.1);
+    }
+}
+
+/// `tests/fixtures/README.md` says what is in `golden/schedules.safetensors`.
+#[test]
+fn every_published_configuration_gives_diffusers_trajectories() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let goldens = fixtures.join("golden/schedules.safetensors");
+    let goldens = candle_core::safetensors::load(goldens, &candle_core::Device::Cpu).expect("file");
+    let (mut compared, mut runge_kutta) = (0, 0);
+    for (key, samples) in &goldens {
+        let Some(case) = key.strip_suffix(".samples") else { continue };
+        let (config, rest) = case.split_once('.').expect("CONFIG.SCHEDULER.STEPS");
+        let (scheduler, steps) = rest.rsplit_once('.').expect("SCHEDULER.STEPS");
+        let (model, without) = config.split_once("-without-").unwrap_or((config, ""));
+        let path = format!("models/{model}/scheduler/scheduler_config.json");
+        // A bare word is no JSON; quoted it means the same to the reader of the configuration.
+        let text = std::fs::read_to_string(fixtures.join(path)).expect("configuration");
+        let text = text.replace("-Infinity", "\"-Infinity\"");
+        let mut config: Value = serde_json::from_str(&text).expect("JSON");
+        config.as_object_mut().expect("an object").remove(without);
+        let kind = SchedulerKind::parse(scheduler).expect(case);
+        let scheduler = SchedulerConfig::parse(&config).and_then(|c| c.for_scheduler(kind));
+        let plan = scheduler.and_then(|s| s.plan(steps.parse().expect(case))).expect(case);
+
+        let mut generator = Generator::new(3);
+        let draw = || {
+            let normals = generator.randn(16);
+            std::array::from_fn(|i| f64::from(normals[i]))
+        };
+        let model = |input: [f64; 16], timestep: f64| {
+            std::array::from_fn(|i| 0.8 * input[i] + 0.3 * (i as f64 + timestep / 100.0).sin())
+        };
+        let ours = carry_out(&plan, model, draw);
+        let theirs = samples.to_vec2::<f32>().expect(case);
+        assert_eq!(ours.len(), theirs.len(), "{case}");
+        for (index, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+            for (ours, theirs) in ours.iter().zip(theirs) {
+                let error = (ours - f64::from(*theirs)).abs() / f64::from(*theirs).abs().max(1.0);
+                assert!(error <= TOLERANCE, "{case}, row {index}: {ours} is not {theirs}");
+            }
+        }
+        compared += 1;
+        runge_kutta += usize::from(!without.is_empty());
+    }
+    assert_eq!((compared, runge_kutta), (3 * 5 * 5 + 2, 2));
+}

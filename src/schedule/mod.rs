@@ -1,0 +1,167 @@
+//! Schedulers: from a model's `scheduler_config.json` to a [`Plan`], the numbers of every step.
+//! Separate because all of it is arithmetic in f64 on the host, done before the loop starts; what
+//! runs on a device are the plan's linear combinations, the same for every scheduler.
+//!
+//! A scheduler is one file, one row in the table below and one line in
+//! `tests/generate_schedules.py`.
+
+mod config;
+mod ddim;
+mod dpm_solver;
+mod euler;
+mod euler_ancestral;
+mod plan;
+mod pndm;
+mod prediction;
+mod spacing;
+mod training;
+
+pub use config::SchedulerConfig;
+pub use plan::{Combination, Plan, Source, Step, Store};
+
+use crate::{Error, Result};
+use config::Fields;
+
+/// The rows of the table become the enum and its names; each row's module has a
+/// `read(&Fields) -> Result<impl Compile>`.
+macro_rules! schedulers {
+    ($($kind:ident $module:ident $name:literal $class:literal $label:literal)*) => {
+        /// A sampling algorithm.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum SchedulerKind {
+            $(#[doc = concat!("diffusers' `", $class, "`, `", $name, "`.")] $kind,)*
+        }
+
+        impl SchedulerKind {
+            /// Every scheduler, in the order in which help lists them.
+            pub const ALL: &[Self] = &[$(Self::$kind),*];
+
+            /// The name on the command line, such as `dpm++2m`.
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$kind => $name,)* }
+            }
+
+            /// diffusers' class, as `_class_name` in a configuration names it.
+            pub fn class_name(self) -> &'static str {
+                match self { $(Self::$kind => $class,)* }
+            }
+
+            /// AUTOMATIC1111's name, for the "Sampler" of a picture's metadata.
+            pub fn label(self) -> &'static str {
+                match self { $(Self::$kind => $label,)* }
+            }
+
+            fn read(self, fields: &Fields) -> Result<Box<dyn Compile>> {
+                match self { $(Self::$kind => Ok(Box::new($module::read(fields)?)),)* }
+            }
+        }
+    };
+}
+schedulers! {
+    // kind, file, name on the command line, diffusers' class, AUTOMATIC1111's "Sampler"
+    DpmSolverMultistep dpm_solver "dpm++2m" "DPMSolverMultistepScheduler" "DPM++ 2M"
+    Ddim ddim "ddim" "DDIMScheduler" "DDIM"
+    Pndm pndm "pndm" "PNDMScheduler" "PLMS"
+    Euler euler "euler" "EulerDiscreteScheduler" "Euler"
+    EulerAncestral euler_ancestral "euler-a" "EulerAncestralDiscreteScheduler" "Euler a"
+}
+
+impl SchedulerKind {
+    /// The scheduler of a command-line name.
+    ///
+    /// # Errors
+    /// An unknown name: the nearest one, and all of them.
+    pub fn parse(name: &str) -> Result<Self> {
+        if let Some(kind) = Self::ALL.iter().find(|kind| kind.name().eq_ignore_ascii_case(name)) {
+            return Ok(*kind);
+        }
+        let known: Vec<&str> = Self::ALL.iter().map(|kind| kind.name()).collect();
+        let near = known.iter().map(|known| (edit_distance(name, known), known)).min();
+        let hint = match near {
+            Some((distance, near)) if distance <= 2 => format!("did you mean {near}? "),
+            Some(_) | None => String::new(),
+        };
+        Err(Error::usage(format!(
+            "--scheduler {name:?} is unknown; {hint}(known: {})",
+            known.join(", ")
+        )))
+    }
+}
+
+/// A scheduler whose every setting is known and covered: what is left is the number of steps.
+pub struct Scheduler {
+    kind: SchedulerKind,
+    num_train_timesteps: usize,
+    settings: Box<dyn Compile>,
+}
+
+impl Scheduler {
+    /// Which one it is.
+    pub fn kind(&self) -> SchedulerKind {
+        self.kind
+    }
+
+    /// The numbers of a whole run of `steps` steps (diffusers' `num_inference_steps`; PNDM
+    /// evaluates the model once more than that, or nine times with its Runge-Kutta steps).
+    ///
+    /// # Errors
+    /// No steps, more steps than `num_train_timesteps`, or a count at which this scheduler's
+    /// formulas have no finite value.
+    pub fn plan(&self, steps: usize) -> Result<Plan> {
+        if steps == 0 || steps > self.num_train_timesteps {
+            return Err(Error::usage(format!(
+                "--steps {steps}: the model's scheduler takes 1 to {}",
+                self.num_train_timesteps
+            )));
+        }
+        self.settings
+            .compile(steps)
+            .map_err(|error| error.context(format!("scheduler {}", self.kind.name())))
+    }
+}
+
+/// What a scheduler's file provides.
+trait Compile: Send + Sync {
+    /// `steps` is between 1 and `num_train_timesteps`.
+    fn compile(&self, steps: usize) -> Result<Plan>;
+}
+
+/// Levenshtein's distance.
+fn edit_distance(left: &str, right: &str) -> usize {
+    let right: Vec<char> = right.chars().collect();
+    let mut row: Vec<usize> = (0..=right.len()).collect();
+    // Names are short; what a user types may not be.
+    for (index, a) in left.chars().take(64).enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], index + 1);
+        for (column, b) in right.iter().enumerate() {
+            let cost = diagonal + usize::from(a != *b);
+            diagonal = row[column + 1];
+            row[column + 1] = cost.min(diagonal + 1).min(row[column] + 1);
+        }
+    }
+    row[right.len()]
+}
+
+#[cfg(test)]
+mod golden;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_is_parsed_and_a_misspelt_one_is_answered() {
+        for kind in SchedulerKind::ALL {
+            assert_eq!(SchedulerKind::parse(kind.name()).ok(), Some(*kind));
+        }
+        for (typed, answer) in [
+            ("eluer", "did you mean euler?"),
+            ("dpm++2n", "did you mean dpm++2m?"),
+            ("heun-something", "(known: dpm++2m, ddim, pndm, euler, euler-a)"),
+        ] {
+            let error = SchedulerKind::parse(typed).expect_err(typed);
+            assert!(error.to_string().contains(answer), "{error}");
+            assert_eq!(error.kind(), crate::error::Kind::Usage);
+        }
+    }
+}

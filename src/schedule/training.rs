@@ -1,0 +1,178 @@
+//! The noise schedule of the training: `alphas_cumprod` from the betas of the configuration.
+//! Separate because every scheduler starts from it. diffusers computes it in torch's f32, and so
+//! do we, rounding where torch rounds.
+
+use super::config::Fields;
+use crate::{Error, Result};
+
+/// The most training timesteps that a configuration may ask for.
+const TRAIN_TIMESTEPS_MAX: i64 = 100_000;
+
+/// The smallest positive f16: diffusers' stand-in for the zero of a schedule of zero terminal SNR
+/// where a sigma is computed from it.
+const ALMOST_ZERO: f32 = 5.960_464_5e-8;
+
+/// How much of the original is left at each training timestep.
+#[derive(Debug, Clone)]
+pub(super) struct NoiseSchedule {
+    /// Not empty; the product of `1 - beta` up to each timestep, in f32 as torch has it.
+    alphas_cumprod: Vec<f32>,
+}
+
+#[derive(Clone, Copy)]
+enum BetaSchedule {
+    Linear,
+    ScaledLinear,
+    SquaredCosine,
+}
+
+impl NoiseSchedule {
+    /// Reads the betas. `rescale_betas_zero_snr` is read where `rescalable`: PNDM has no such
+    /// parameter, and as in diffusers it does not see another class's.
+    pub(super) fn read(fields: &Fields, rescalable: bool) -> Result<Self> {
+        let mut betas = betas(fields)?;
+        if rescalable && fields.flag("rescale_betas_zero_snr", false)? {
+            rescale_zero_terminal_snr(&mut betas);
+        }
+        Ok(Self { alphas_cumprod: cumulative_product(betas.iter().map(|beta| 1.0 - beta)) })
+    }
+
+    /// As [`Self::read`], with the zero of `rescale_betas_zero_snr` replaced by 2^-24 so that the
+    /// first sigma is finite, as the schedulers that think in sigmas do.
+    pub(super) fn read_for_sigmas(fields: &Fields) -> Result<Self> {
+        let mut schedule = Self::read(fields, true)?;
+        if fields.flag("rescale_betas_zero_snr", false)?
+            && let Some(last) = schedule.alphas_cumprod.last_mut()
+        {
+            *last = ALMOST_ZERO;
+        }
+        Ok(schedule)
+    }
+
+    /// `num_train_timesteps`.
+    pub(super) fn len(&self) -> usize {
+        self.alphas_cumprod.len()
+    }
+
+    /// `alphas_cumprod[timestep]`.
+    ///
+    /// # Errors
+    /// A timestep beyond the training's, where so many steps are wanted that the spacing's offset
+    /// or rounding leads there.
+    pub(super) fn alpha_cumprod(&self, timestep: i64) -> Result<f64> {
+        let index = usize::try_from(timestep).ok();
+        let alpha = index.and_then(|index| self.alphas_cumprod.get(index));
+        alpha.map(|alpha| f64::from(*alpha)).ok_or_else(|| {
+            Error::usage(format!(
+                "timestep {timestep} is not among the training's {}; try fewer --steps",
+                self.len()
+            ))
+        })
+    }
+
+    /// `alphas_cumprod[timestep]`, and below the first timestep what `set_alpha_to_one` says.
+    pub(super) fn alpha_cumprod_or_final(&self, timestep: i64, alpha_one: bool) -> Result<f64> {
+        match timestep {
+            ..0 if alpha_one => Ok(1.0),
+            timestep => self.alpha_cumprod(timestep.max(0)),
+        }
+    }
+
+    /// `sqrt((1 - alphas_cumprod) / alphas_cumprod)` of every training timestep, in f32.
+    pub(super) fn sigmas(&self) -> Vec<f32> {
+        self.alphas_cumprod.iter().map(|alpha| ((1.0 - alpha) / alpha).sqrt()).collect()
+    }
+}
+
+/// Reads `num_train_timesteps`.
+pub(super) fn num_train_timesteps(fields: &Fields) -> Result<usize> {
+    Ok(fields.integer("num_train_timesteps", 1000, 1..=TRAIN_TIMESTEPS_MAX)? as usize)
+}
+
+/// `np.interp(timestep, arange(len(sigmas)), sigmas)` rounded to f32, as the schedulers keep it.
+pub(super) fn interpolate(sigmas: &[f32], timestep: f64) -> f64 {
+    let last = sigmas.len() - 1;
+    let place = timestep.clamp(0.0, last as f64);
+    let index = place as usize;
+    let low = f64::from(sigmas[index]);
+    let high = f64::from(sigmas[(index + 1).min(last)]);
+    let fraction = place - index as f64;
+    // At a training timestep the slope plays no part: it may not be finite.
+    let value = if fraction == 0.0 { low } else { (high - low) * fraction + low };
+    f64::from(value as f32)
+}
+
+fn betas(fields: &Fields) -> Result<Vec<f32>> {
+    let count = num_train_timesteps(fields)?;
+    if let Some(trained) = fields.numbers("trained_betas")? {
+        if trained.len() != count {
+            return Err(fields.refuse(format!(
+                "trained_betas has {} values, num_train_timesteps is {count}",
+                trained.len()
+            )));
+        }
+        return Ok(trained.into_iter().map(|beta| beta as f32).collect());
+    }
+    let start = fields.number("beta_start", 0.0001)?;
+    let end = fields.number("beta_end", 0.02)?;
+    let known = [
+        ("linear", BetaSchedule::Linear),
+        ("scaled_linear", BetaSchedule::ScaledLinear),
+        ("squaredcos_cap_v2", BetaSchedule::SquaredCosine),
+    ];
+    Ok(match fields.choice("beta_schedule", BetaSchedule::Linear, &known)? {
+        BetaSchedule::Linear => torch_linspace(start, end, count),
+        BetaSchedule::ScaledLinear => {
+            let roots = torch_linspace(start.sqrt(), end.sqrt(), count);
+            roots.into_iter().map(|root| root * root).collect()
+        }
+        BetaSchedule::SquaredCosine => squared_cosine(count),
+    })
+}
+
+/// `torch.linspace` in f32: from both ends towards the middle, with fused multiply-adds.
+fn torch_linspace(start: f64, end: f64, count: usize) -> Vec<f32> {
+    let (start, end) = (start as f32, end as f32);
+    let step = if count > 1 { (end - start) / (count - 1) as f32 } else { 0.0 };
+    let at = |index: usize| {
+        if index < count / 2 || count == 1 {
+            step.mul_add(index as f32, start)
+        } else {
+            (-step).mul_add((count - 1 - index) as f32, end)
+        }
+    };
+    (0..count).map(at).collect()
+}
+
+/// diffusers' `betas_for_alpha_bar` (Nichol and Dhariwal 2021).
+fn squared_cosine(count: usize) -> Vec<f32> {
+    let alpha_bar = |index: usize| {
+        let time = index as f64 / count as f64;
+        ((time + 0.008) / 1.008 * std::f64::consts::PI / 2.0).cos().powi(2)
+    };
+    (0..count).map(|i| (1.0 - alpha_bar(i + 1) / alpha_bar(i)).min(0.999) as f32).collect()
+}
+
+/// `torch.cumprod` in f32, which multiplies in f64 and rounds each product.
+fn cumulative_product(factors: impl Iterator<Item = f32>) -> Vec<f32> {
+    let product = |product: &mut f64, factor| {
+        *product *= f64::from(factor);
+        Some(*product as f32)
+    };
+    factors.scan(1.0, product).collect()
+}
+
+/// diffusers' `rescale_zero_terminal_snr` (Lin et al. 2023), in f32.
+fn rescale_zero_terminal_snr(betas: &mut [f32]) {
+    let mut roots = cumulative_product(betas.iter().map(|beta| 1.0 - beta));
+    roots.iter_mut().for_each(|alpha| *alpha = alpha.sqrt());
+    let (first, last) = (roots[0], roots[roots.len() - 1]);
+    let scale = first / (first - last);
+    let mut before = 1.0;
+    for (beta, root) in betas.iter_mut().zip(roots) {
+        let root = (root - last) * scale;
+        let alpha_bar = root * root;
+        *beta = 1.0 - alpha_bar / before;
+        before = alpha_bar;
+    }
+}

@@ -1,0 +1,219 @@
+"""Writes tests/fixtures/schedules.json: whole trajectories of diffusers' schedulers.
+
+Needs torch and diffusers. Run it from the repository's root: python tests/generate_schedules.py
+
+Each case is a model's scheduler_config.json, a scheduler and a number of steps. The configuration
+goes through StableDiffusionPipeline and, where the scheduler is another one, through from_config,
+as a user's would. The sample has three numbers; the "model" is a formula of its scaled input and
+the timestep, and the noise a formula of step and place, both repeated in the Rust test.
+"""
+
+import json
+import logging
+import math
+import warnings
+
+import diffusers
+import torch
+from diffusers.schedulers import scheduling_euler_ancestral_discrete as ancestral
+
+warnings.filterwarnings("ignore")
+logging.disable(logging.WARNING)
+
+KINDS = {
+    "dpm++2m": diffusers.DPMSolverMultistepScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler-a": diffusers.EulerAncestralDiscreteScheduler,
+}
+NAMES = {cls.__name__: name for name, cls in KINDS.items()}
+
+STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+TINY = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "_diffusers_version": "0.19.0.dev0",
+    **STABLE,
+    "algorithm_type": "dpmsolver++",
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "lambda_min_clipped": float("-inf"),
+    "lower_order_final": True,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "steps_offset": 1,
+    "thresholding": False,
+    "timestep_spacing": "linspace",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+    "variance_type": None,
+}
+SD15 = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    **STABLE,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+SD21 = {
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": "0.8.0",
+    **STABLE,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+CONFIGS = {"tiny-sd": TINY, "sd15": SD15, "sd21": SD21}
+CASES = [
+    (config, kind, steps)
+    for config in CONFIGS
+    for kind in KINDS
+    for steps in [1, 2, 3, 4, 10, 14, 15, 25, 50]
+]
+EVERYONE = list(KINDS)
+
+
+def variant(name, base, changes, kinds, steps=(7,)):
+    CONFIGS[name] = {**base, **changes}
+    for key in [key for key, value in changes.items() if value is ...]:
+        del CONFIGS[name][key]
+    CASES.extend((name, kind, count) for kind in kinds for count in steps)
+
+
+def own(kind, **changes):
+    return {"_class_name": KINDS[kind].__name__, **changes}
+
+
+for spacing in ["leading", "trailing", "linspace"]:
+    variant(f"{spacing} epsilon", TINY, {"timestep_spacing": spacing}, EVERYONE, (6, 23))
+    variant(f"{spacing} velocity", SD21, {"timestep_spacing": spacing}, EVERYONE, (9,))
+# Each class's own defaults, alone and as what another one's configuration leaves open.
+for kind in KINDS:
+    bare = own(kind, skip_prk_steps=True) if kind == "pndm" else own(kind)
+    variant(f"bare {kind}", bare, {}, [kind, "dpm++2m", "euler", "euler-a"])
+variant("bare for pndm and ddim", own("euler", skip_prk_steps=True, clip_sample=False), {},
+        EVERYONE)
+variant("an old offset is corrected", SD15, {"steps_offset": 0}, EVERYONE)
+variant("a missing offset", SD15, {"steps_offset": ...}, EVERYONE)
+variant("clipping is corrected", SD21, {"clip_sample": True}, EVERYONE)
+variant("defaults are the class's own", TINY, {
+    "_use_default_values": ["timestep_spacing", "set_alpha_to_one", "steps_offset", "beta_end"]
+}, EVERYONE)
+variant("sample prediction", TINY, {"prediction_type": "sample"}, ["dpm++2m", "ddim", "euler"])
+variant("linear betas", TINY, {"beta_schedule": "linear"}, EVERYONE)
+variant("cosine betas", TINY, {
+    "beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1
+}, ["dpm++2m", "ddim", "pndm", "euler", "euler-a"])
+for spacing in ["leading", "trailing"]:
+    variant(f"cosine betas {spacing}", TINY, {
+        "beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1,
+        "timestep_spacing": spacing,
+    }, ["dpm++2m"])
+variant("trained betas", TINY, {
+    "num_train_timesteps": 20, "trained_betas": [0.01 + 0.005 * i for i in range(20)]
+}, EVERYONE, (5,))
+variant("fewer training timesteps", TINY, {"num_train_timesteps": 333}, EVERYONE)
+variant("zero terminal snr", SD21, {
+    "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"
+}, EVERYONE)
+variant("alpha to one", SD15, {"set_alpha_to_one": True}, ["ddim", "pndm"])
+variant("sigma_min", TINY, {"final_sigmas_type": "sigma_min"}, ["dpm++2m", "euler"], (14, 15))
+for spacing in ["leading", "trailing", "linspace"]:
+    variant(f"runge-kutta {spacing}", SD21, {
+        "skip_prk_steps": ..., "timestep_spacing": spacing
+    }, ["pndm"], (4, 23))
+SOLVER = ["dpm++2m"]
+variant("heun", TINY, {"solver_type": "heun"}, SOLVER)
+variant("bh2", TINY, {"solver_type": "bh2"}, SOLVER)
+variant("logrho", TINY, {"solver_type": "logrho"}, SOLVER)
+variant("first order", TINY, {"solver_order": 1}, SOLVER)
+variant("third order", TINY, {"solver_order": 3}, SOLVER, (2, 3, 4, 14, 20))
+variant("third order to sigma_min", TINY, {
+    "solver_order": 3, "final_sigmas_type": "sigma_min", "prediction_type": "v_prediction"
+}, SOLVER, (8, 14, 15, 20))
+variant("high order to the end", TINY, {
+    "lower_order_final": False, "final_sigmas_type": "sigma_min"
+}, SOLVER)
+variant("euler at final", TINY, {
+    "lower_order_final": False, "euler_at_final": True, "final_sigmas_type": "sigma_min"
+}, SOLVER)
+
+
+def scheduler_of(config, kind):
+    loaded = KINDS[NAMES[config["_class_name"]]].from_config(config)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=None, scheduler=loaded,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    if NAMES[config["_class_name"]] != kind:
+        pipe.scheduler = KINDS[kind].from_config(pipe.scheduler.config)
+    return pipe.scheduler
+
+
+def model(values, timestep):
+    outputs = [math.sin(v + timestep / 100) for v in values.double().tolist()]
+    return torch.tensor(outputs, dtype=torch.float32)
+
+
+def noise(draw):
+    values = [1.5 * math.sin(12.9898 * (3 * draw + place) + 1) for place in range(3)]
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def digits(values, count):
+    return [float(f"{value:.{count}g}") for value in values]
+
+
+def trajectory(config_name, kind, steps):
+    scheduler = scheduler_of(CONFIGS[config_name], kind)
+    scheduler.set_timesteps(steps)
+    draws = iter(range(1, 10_000))
+    ancestral.randn_tensor = lambda *args, **kwargs: noise(next(draws))
+    sample = noise(0) * scheduler.init_noise_sigma
+    samples = []
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(sample, timestep)
+        output = model(scaled, timestep.item())
+        sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+        samples.append(digits(sample.tolist(), 8))
+    assert all(math.isfinite(v) for row in samples for v in row), (config_name, kind, steps)
+    return {
+        "config": config_name,
+        "scheduler": kind,
+        "steps": steps,
+        # 17 digits: timesteps are exact.
+        "timesteps": [float(t) for t in scheduler.timesteps.tolist()],
+        "init_noise_sigma": float(scheduler.init_noise_sigma),
+        "samples": samples,
+    }
+
+
+def readable(config):
+    """As the program's JSON reader hands it on: -Infinity is a string."""
+    text = {float("-inf"): "-Infinity"}
+    return {k: text.get(v, v) if isinstance(v, float) else v for k, v in config.items()}
+
+
+def line(value):
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace(".0,", ",")
+
+
+with open("tests/fixtures/schedules.json", "w") as out:
+    configs = ",\n".join(f"{json.dumps(k)}:{line(readable(v))}" for k, v in CONFIGS.items())
+    cases = ",\n".join(line(trajectory(*case)) for case in CASES)
+    out.write(f'{{"configs":{{\n{configs}\n}},\n"cases":[\n{cases}\n]}}\n')
+print(len(CASES), "cases")
