@@ -25,5 +25,6 @@ pub mod error;
 pub mod rng;
 pub mod schedule;
 pub mod tensor;
+pub mod tokenizer;
 
 pub use error::{Error, Result};

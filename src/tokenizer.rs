@@ -1,0 +1,412 @@
+//! Prompt to token ids: CLIP's byte-level byte-pair encoding with the ids that transformers' (≥ 5)
+//! `CLIPTokenizer` gives. Separate because it is text in, numbers out, and knows no tensor.
+//!
+//! transformers 5 builds the same normalizer and pre-tokenizer whatever files a model has, and
+//! takes only the vocabulary, the merges and the added tokens from them; so does this.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+use tokenizers::SplitDelimiterBehavior;
+use tokenizers::models::bpe::BPE;
+use tokenizers::normalizers::replace::ReplacePattern;
+use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as Normalizers};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+
+use crate::error::{Error, Result};
+use special::{SpecialTokens, added_tokens_decoder, tokens_to_add};
+
+mod special;
+
+/// CLIP's context: tokens in a prompt, `<|startoftext|>` and `<|endoftext|>` included.
+pub const CONTEXT_LENGTH: usize = 77;
+
+/// A context beyond this is no CLIP; files of transformers write 1e30 for "no limit".
+const MAX_CONTEXT_LENGTH: usize = 1024;
+
+/// The largest file of a tokenizer that is read; the published ones have 1 to 4 MB.
+const MAX_FILE_BYTES: u64 = 64 << 20;
+
+/// `CLIPTokenizer.__init__`, tokenization_clip.py of transformers 5.
+const PRE_TOKENIZER_PATTERN: &str = concat!(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d",
+    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+);
+
+/// What the text encoder takes, and what did not fit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoding {
+    /// The prompt's tokens between bos and eos, then padding: as many as [`Tokenizer::length`].
+    pub ids: Vec<u32>,
+    /// The end of the prompt, as it was written, that the model will not see.
+    pub truncated: Option<String>,
+}
+
+/// A model's tokenizer.
+pub struct Tokenizer {
+    bpe: tokenizers::Tokenizer,
+    bos: u32,
+    eos: u32,
+    pad: u32,
+    length: usize,
+}
+
+impl Tokenizer {
+    /// Reads a `tokenizer/` folder: `tokenizer.json`, or else `vocab.json` and `merges.txt`; with
+    /// them `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` where
+    /// present.
+    ///
+    /// # Errors
+    /// If a file is missing, cannot be read or contradicts itself.
+    pub fn open(folder: &Path) -> Result<Self> {
+        Self::read(folder).map_err(|error| error.context(folder.display()))
+    }
+
+    fn read(folder: &Path) -> Result<Self> {
+        let mut config = read_object(folder, "tokenizer_config.json")?.unwrap_or_default();
+        let fast = read_object(folder, "tokenizer.json")?;
+        let decoder = added_tokens_decoder(folder, &mut config, fast.as_ref())?;
+        let special = SpecialTokens::of(&config)?;
+
+        let (vocab, merges) = match &fast {
+            Some(fast) => vocabulary_of_tokenizer_json(fast)?,
+            None => vocabulary_of_files(folder)?,
+        };
+        let mut bpe = clip_tokenizer(vocab, merges, special.text("unk_token")?)?;
+        bpe.add_tokens(tokens_to_add(decoder, &special, &config)?)
+            .map_err(|error| Error::model(format!("added tokens: {error}")))?;
+
+        let id = |name: &str| -> Result<u32> {
+            let text = special.text(name)?;
+            bpe.token_to_id(&text)
+                .ok_or_else(|| Error::model(format!("{name} {text:?} is not in the vocabulary")))
+        };
+        let (bos, eos, pad) = (id("bos_token")?, id("eos_token")?, id("pad_token")?);
+        Ok(Self { bos, eos, pad, length: context_length(&config)?, bpe })
+    }
+
+    /// How many ids every encoding has: `model_max_length`, 77 for every published model.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// The ids of a prompt: bos, at most [`length`](Self::length) − 2 tokens, eos, padding. Any
+    /// text is a prompt, the empty one included.
+    ///
+    /// # Errors
+    /// If the vocabulary has neither a token for a byte of the prompt nor an unknown token.
+    pub fn encode(&self, prompt: &str) -> Result<Encoding> {
+        let encoding = self
+            .bpe
+            .encode(prompt, false)
+            .map_err(|error| Error::model(format!("tokenizer: {error}")))?;
+        let room = self.length.saturating_sub(2);
+        let mut ids = Vec::with_capacity(self.length);
+        ids.push(self.bos);
+        ids.extend(encoding.get_ids().iter().take(room));
+        ids.push(self.eos);
+        ids.resize(self.length, self.pad);
+        let truncated = encoding.get_offsets().get(room).map(|&(start, _)| {
+            let start = (0..=start.min(prompt.len())).rev().find(|&at| prompt.is_char_boundary(at));
+            prompt.get(start.unwrap_or(0)..).unwrap_or(prompt).trim().to_owned()
+        });
+        Ok(Encoding { ids, truncated })
+    }
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let size = self.bpe.get_vocab_size(true);
+        write!(f, "Tokenizer({size} tokens, length {}, pad {})", self.length, self.pad)
+    }
+}
+
+type Vocab = HashMap<String, u32>;
+type Merges = Vec<(String, String)>;
+
+/// `CLIPTokenizer.__init__`: NFC, whitespace collapsed, lowercase; words, digits one by one,
+/// punctuation; bytes; pairs, with `</w>` at the end of a word.
+fn clip_tokenizer(vocab: Vocab, merges: Merges, unknown: String) -> Result<tokenizers::Tokenizer> {
+    let broken = |error: tokenizers::Error| Error::model(error.to_string());
+    // The builder copies each pair into a buffer as long as the longest token, unchecked.
+    for (left, right) in &merges {
+        let merged = format!("{left}{right}");
+        if let Some(missing) = [left, right, &merged].into_iter().find(|t| !vocab.contains_key(*t))
+        {
+            return Err(Error::model(format!(
+                "the merge {left:?} {right:?} needs the token {missing:?}, which is not in the \
+                 vocabulary"
+            )));
+        }
+    }
+    let model = BPE::builder()
+        .vocab_and_merges(vocab.into_iter().collect::<tokenizers::models::bpe::Vocab>(), merges)
+        .unk_token(unknown)
+        .continuing_subword_prefix(String::new())
+        .end_of_word_suffix("</w>".to_owned())
+        .fuse_unk(false)
+        .build()
+        .map_err(broken)?;
+    let mut tokenizer = tokenizers::Tokenizer::new(model);
+    let spaces = Replace::new(ReplacePattern::Regex(r"\s+".to_owned()), " ").map_err(broken)?;
+    tokenizer
+        .with_normalizer(Some(Normalizers::new(vec![NFC.into(), spaces.into(), Lowercase.into()])))
+        .map_err(broken)?;
+    let words = SplitPattern::Regex(PRE_TOKENIZER_PATTERN.to_owned());
+    let words = Split::new(words, SplitDelimiterBehavior::Removed, true).map_err(broken)?;
+    tokenizer.with_pre_tokenizer(Some(PreTokenizers::new(vec![
+        PreTokenizerWrapper::Split(words),
+        PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, true)),
+    ])));
+    Ok(tokenizer)
+}
+
+fn context_length(config: &Map<String, Value>) -> Result<usize> {
+    let value = config.get("model_max_length").or_else(|| config.get("max_len"));
+    match value.and_then(Value::as_f64) {
+        Some(length) if length < 2.0 => {
+            Err(Error::model(format!("model_max_length {length} leaves no room for a prompt")))
+        }
+        Some(length) if length <= MAX_CONTEXT_LENGTH as f64 => Ok(length as usize),
+        _ => Ok(CONTEXT_LENGTH),
+    }
+}
+
+fn vocabulary_of_tokenizer_json(fast: &Map<String, Value>) -> Result<(Vocab, Merges)> {
+    let broken = |what: &str| Error::model(format!("tokenizer.json: {what}"));
+    let model = fast.get("model").and_then(Value::as_object);
+    let model = model.ok_or_else(|| broken("no \"model\""))?;
+    let vocab = model.get("vocab").and_then(Value::as_object);
+    let vocab =
+        vocab.ok_or_else(|| broken("\"model\" has no \"vocab\" of a byte-pair encoding"))?;
+    let merges = model.get("merges").and_then(Value::as_array);
+    let merges = merges.ok_or_else(|| broken("\"model\" has no \"merges\""))?;
+    let pair = |merge: &Value| match merge {
+        Value::String(text) => text.split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned())),
+        Value::Array(pair) => match pair.as_slice() {
+            [Value::String(a), Value::String(b)] => Some((a.clone(), b.clone())),
+            _ => None,
+        },
+        _ => None,
+    };
+    let merges = merges.iter().enumerate().map(|(at, merge)| {
+        pair(merge).ok_or_else(|| broken(&format!("merge {at} is no pair of tokens")))
+    });
+    Ok((vocab_ids(vocab, "tokenizer.json")?, merges.collect::<Result<_>>()?))
+}
+
+fn vocabulary_of_files(folder: &Path) -> Result<(Vocab, Merges)> {
+    let vocab = read_object(folder, "vocab.json")?;
+    let merges = read_text(folder, "merges.txt")?;
+    let (Some(vocab), Some(merges)) = (vocab, merges) else {
+        return Err(Error::model(
+            "no tokenizer here: neither tokenizer.json nor vocab.json with merges.txt",
+        ));
+    };
+    let mut pairs = Merges::new();
+    for (at, line) in merges.lines().enumerate() {
+        if line.is_empty() || line.starts_with("#version") {
+            continue;
+        }
+        match line.split(' ').collect::<Vec<_>>().as_slice() {
+            [a, b] => pairs.push(((*a).to_owned(), (*b).to_owned())),
+            _ => {
+                let line_number = at.saturating_add(1);
+                return Err(Error::model(format!("merges.txt: line {line_number} is no pair")));
+            }
+        }
+    }
+    Ok((vocab_ids(&vocab, "vocab.json")?, pairs))
+}
+
+fn vocab_ids(vocab: &Map<String, Value>, file: &str) -> Result<Vocab> {
+    let id = |(token, id): (&String, &Value)| match id.as_u64().and_then(|id| id.try_into().ok()) {
+        Some(id) => Ok((token.clone(), id)),
+        None => Err(Error::model(format!("{file}: the id of {token:?} is {id}"))),
+    };
+    vocab.iter().map(id).collect()
+}
+
+fn read_object(folder: &Path, file: &str) -> Result<Option<Map<String, Value>>> {
+    let Some(text) = read_text(folder, file)? else { return Ok(None) };
+    match serde_json::from_str(&text) {
+        Ok(Value::Object(object)) => Ok(Some(object)),
+        Ok(_) => Err(Error::model(format!("{file}: not a JSON object"))),
+        Err(error) => Err(Error::model(format!("{file}: {error}"))),
+    }
+}
+
+/// A file's text, `None` if there is no such file.
+fn read_text(folder: &Path, file: &str) -> Result<Option<String>> {
+    let broken = |what: &dyn std::fmt::Display| Error::model(format!("{file}: {what}"));
+    let path = folder.join(file);
+    match std::fs::metadata(&path) {
+        Ok(metadata) if metadata.len() > MAX_FILE_BYTES => {
+            Err(broken(&format!("{} bytes, more than {MAX_FILE_BYTES}", metadata.len())))
+        }
+        Ok(_) => std::fs::read_to_string(&path).map(Some).map_err(|error| broken(&error)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(broken(&error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::special::{BOS_DEFAULT, EOS_DEFAULT};
+    use super::*;
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    /// `!` is 0, bytes are 1.., then `</w>` forms, `he`, `hel`, `lo</w>`, bos 600, eos 601.
+    fn vocab() -> Map<String, Value> {
+        let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
+        alphabet.sort_unstable();
+        let single = alphabet.iter().map(char::to_string);
+        let ending = alphabet.iter().map(|c| format!("{c}</w>"));
+        let merged = ["he", "hel", "lo</w>"].map(str::to_owned);
+        let tokens = single.chain(ending).chain(merged);
+        let mut vocab: Map<_, _> = tokens.zip(0u32..).map(|(t, id)| (t, id.into())).collect();
+        vocab.insert(BOS_DEFAULT.into(), 600.into());
+        vocab.insert(EOS_DEFAULT.into(), 601.into());
+        vocab
+    }
+
+    const MERGES: &str = "#version: 0.2\nh e\nhe l\nl o</w>\n";
+
+    fn folder(files: &[(&str, Value)]) -> TempDir {
+        let folder = TempDir::new().unwrap();
+        for (name, content) in files {
+            let text = match content {
+                Value::String(text) => text.clone(),
+                json => json.to_string(),
+            };
+            std::fs::write(folder.path().join(name), text).unwrap();
+        }
+        folder
+    }
+
+    fn slow(config: Value, map: Value) -> TempDir {
+        folder(&[
+            ("vocab.json", vocab().into()),
+            ("merges.txt", MERGES.into()),
+            ("tokenizer_config.json", config),
+            ("special_tokens_map.json", map),
+        ])
+    }
+
+    fn id(token: &str) -> u32 {
+        vocab()[token].as_u64().unwrap() as u32
+    }
+
+    /// Checks the ids between bos and eos, and everything around them.
+    fn check(folder: &TempDir, prompt: &str, expected: &[u32], pad: u32) {
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        let encoding = tokenizer.encode(prompt).unwrap();
+        let mut ids = vec![600];
+        ids.extend(expected);
+        ids.push(601);
+        ids.resize(77, pad);
+        assert_eq!(encoding, Encoding { ids, truncated: None }, "{prompt:?}");
+    }
+
+    #[test]
+    fn text_is_composed_collapsed_lowered_and_merged_with_ends_of_words() {
+        let folder = slow(json!({}), json!({}));
+        let hello = [id("hel"), id("lo</w>")];
+        check(&folder, "HELLO\t\n hello", &[hello, hello].concat(), 601);
+        check(&folder, "", &[], 601);
+        // U+00E9 is the bytes C3 A9, however it was typed.
+        let e_acute = [id("Ã"), id("©</w>")];
+        check(&folder, "\u{e9} e\u{301} \u{c9}", &[e_acute, e_acute, e_acute].concat(), 601);
+        check(&folder, "42'S", &[id("4</w>"), id("2</w>"), id("'"), id("s</w>")], 601);
+        check(&folder, "o<|endoftext|>o", &[id("o</w>"), 601, id("o</w>")], 601);
+    }
+
+    #[test]
+    fn the_pad_token_comes_from_where_transformers_takes_it() {
+        let bang = json!({"content": "!", "lstrip": false, "normalized": false});
+        let decoder = json!({"601": {"content": EOS_DEFAULT, "special": true}});
+        for (config, map, pad) in [
+            (json!({}), json!({}), 601),
+            (json!({"pad_token": EOS_DEFAULT}), json!({"pad_token": "!"}), 0),
+            (json!({"pad_token": "!"}), json!({"pad_token": EOS_DEFAULT}), 601),
+            (json!({"pad_token": "!"}), json!({}), 0),
+            (json!({}), json!({"pad_token": bang}), 0),
+            (json!({"added_tokens_decoder": decoder}), json!({"pad_token": "!"}), 601),
+        ] {
+            // A pad token in the text is itself: "!!" is two of them, as in transformers 5.
+            let bangs = if pad == 0 { [0, 0] } else { [id("!"), id("!</w>")] };
+            check(&slow(config, map), "!!", &bangs, pad);
+        }
+    }
+
+    #[test]
+    fn tokenizer_json_gives_the_same_ids_as_vocab_and_merges() {
+        for merges in [json!(["h e", "he l", "l o</w>"]), json!([["h", "e"], ["l", "o</w>"]])] {
+            let merges_hel = merges[1] == "he l";
+            let model = json!({"type": "BPE", "vocab": vocab(), "merges": merges});
+            let added = json!([{"id": 0, "content": "!", "special": true}]);
+            let file = json!({"model": model, "added_tokens": added});
+            let folder = folder(&[("tokenizer.json", file)]);
+            let hel = if merges_hel { vec![id("hel")] } else { vec![id("he"), id("l")] };
+            check(&folder, "Hello!", &[hel, vec![id("lo</w>"), 0]].concat(), 601);
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_given_back_as_it_was_written() {
+        let tokenizer = Tokenizer::open(slow(json!({}), json!({})).path()).unwrap();
+        let fits = "x ".repeat(75);
+        assert_eq!(tokenizer.encode(&fits).unwrap().truncated, None);
+        for (tail, expected) in [("É Ünd", "É Ünd"), ("  End. ", "End."), ("😀", "😀")] {
+            let encoding = tokenizer.encode(&format!("{fits}{tail}")).unwrap();
+            assert_eq!(encoding.truncated.as_deref(), Some(expected));
+            assert_eq!(encoding.ids.len(), 77);
+            assert_eq!(encoding.ids.last(), Some(&601));
+        }
+    }
+
+    #[test]
+    fn a_length_without_limit_is_clips_own() {
+        for (length, expected) in [("1e30", 77), ("77", 77), ("12", 12), ("null", 77)] {
+            let length: Value = serde_json::from_str(length).unwrap();
+            let folder = slow(json!({"model_max_length": length}), json!({}));
+            let tokenizer = Tokenizer::open(folder.path()).unwrap();
+            assert_eq!(tokenizer.length(), expected);
+            assert_eq!(tokenizer.encode("hello").unwrap().ids.len(), expected);
+        }
+    }
+
+    #[test]
+    fn broken_files_are_errors_that_name_the_file() {
+        let vocab = || ("vocab.json", Value::from(vocab()));
+        let merges = |text: &str| ("merges.txt", Value::from(text));
+        let config = |value| ("tokenizer_config.json", value);
+        for (files, expected) in [
+            (vec![], "neither tokenizer.json nor vocab.json with merges.txt"),
+            (vec![vocab()], "neither tokenizer.json nor vocab.json with merges.txt"),
+            (vec![("vocab.json", json!([])), merges("")], "vocab.json: not a JSON object"),
+            (vec![("vocab.json", json!({"a": -1})), merges("")], "vocab.json: the id of \"a\""),
+            (vec![vocab(), merges("h e l")], "merges.txt: line 1 is no pair"),
+            (vec![vocab(), merges("x y")], "needs the token \"xy\""),
+            (vec![("tokenizer.json", json!({}))], "tokenizer.json: no \"model\""),
+            (vec![("tokenizer.json", "{".into())], "tokenizer.json: EOF"),
+            (
+                vec![vocab(), merges(""), config(json!({"pad_token": null}))],
+                "pad_token must be a string",
+            ),
+            (vec![vocab(), merges(""), config(json!({"model_max_length": 1}))], "leaves no room"),
+        ] {
+            let folder = folder(&files);
+            let error = Tokenizer::open(folder.path()).unwrap_err();
+            assert_eq!(error.kind(), crate::error::Kind::Model);
+            let message = error.to_string();
+            assert!(message.contains(expected), "{message}");
+            assert!(message.starts_with(&folder.path().display().to_string()), "{message}");
+        }
+    }
+}
