@@ -22,9 +22,11 @@
 
 pub mod backend;
 pub mod error;
+pub mod progress;
 pub mod rng;
 pub mod schedule;
 pub mod tensor;
 pub mod tokenizer;
+pub mod weights;
 
 pub use error::{Error, Result};

@@ -1,0 +1,113 @@
+//! Where weights come from: the files of a model, exactly as they are published.
+//!
+//! [`ModelFolder`] finds the files of a folder in diffusers layout; [`choose`] says which of them
+//! hold a component's weights, and serves a repository's list of files just as well. The readers,
+//! [`pickle`] and [`safetensors`], map a file and give its tensors as they lie in it, without a
+//! copy; [`names`] calls them all by today's names.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::path::Path;
+
+pub use choice::{Choice, Component, Format, Variant, choose, config_files};
+pub use folder::ModelFolder;
+pub use mismatch::Mismatch;
+
+use crate::backend::host::HostTensor;
+use crate::error::{Error, Result};
+
+mod bytes;
+mod choice;
+mod folder;
+pub mod hub;
+pub mod json;
+mod mismatch;
+pub mod names;
+pub mod pickle;
+pub mod safetensors;
+#[cfg(test)]
+mod tests;
+
+/// Most tensors of one file. An SDXL UNet has 1,680.
+const MAX_TENSORS: usize = 65_536;
+/// Most dimensions of a tensor.
+const MAX_RANK: usize = 8;
+/// Longest name of a tensor, in bytes.
+const MAX_NAME_LEN: usize = 1024;
+
+/// The tensors of one component by name, as they lie in the mapped files.
+#[derive(Debug, Default)]
+pub struct Checkpoint {
+    tensors: BTreeMap<String, HostTensor>,
+}
+
+impl Checkpoint {
+    /// Reads one weight file. The names are those of the file; see [`names::canonical`].
+    ///
+    /// # Errors
+    /// If the file cannot be mapped or is not what its format says, naming it.
+    pub fn read(path: &Path, format: Format) -> Result<Self> {
+        let (bytes, stamp) = bytes::map(path)?;
+        let tensors = match format {
+            Format::Safetensors => safetensors::read(&bytes),
+            Format::Pickle => pickle::read(&bytes),
+        };
+        let mut checkpoint = tensors.map_err(|error| error.context(path.display()))?;
+        for tensor in checkpoint.tensors.values_mut() {
+            *tensor = tensor.clone().in_file(&stamp, &bytes);
+        }
+        Ok(checkpoint)
+    }
+
+    /// The tensor of this name.
+    pub fn get(&self, name: &str) -> Option<&HostTensor> {
+        self.tensors.get(name)
+    }
+
+    /// All tensors in the order of their names.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &HostTensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// The number of tensors.
+    pub fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.tensors.is_empty()
+    }
+
+    /// Takes in a tensor under a name that is not taken.
+    fn insert(&mut self, name: String, tensor: HostTensor) -> Result<()> {
+        if name.is_empty() || name.len() > MAX_NAME_LEN {
+            return Err(Error::model(format!(
+                "a tensor's name is {} bytes long, not 1 to {MAX_NAME_LEN}",
+                name.len()
+            )));
+        }
+        if self.tensors.len() >= MAX_TENSORS {
+            return Err(Error::model(format!("more than {MAX_TENSORS} tensors")));
+        }
+        match self.tensors.entry(name) {
+            Entry::Vacant(entry) => {
+                entry.insert(tensor);
+                Ok(())
+            }
+            Entry::Occupied(entry) => {
+                Err(Error::model(format!("tensor {} is there twice", shown(entry.key()))))
+            }
+        }
+    }
+}
+
+/// Text from a file, fit for a one-line message: quoted, escaped, and cut if it is long.
+fn shown(text: &str) -> String {
+    const MOST_CHARACTERS: usize = 120;
+    let mut shown: String = text.chars().take(MOST_CHARACTERS).collect();
+    if shown.len() < text.len() {
+        shown.push('…');
+    }
+    format!("\"{}\"", shown.escape_debug())
+}
