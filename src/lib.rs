@@ -22,6 +22,8 @@
 
 pub mod backend;
 pub mod error;
+pub mod model;
+pub mod nn;
 pub mod progress;
 pub mod rng;
 pub mod schedule;

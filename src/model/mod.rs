@@ -1,0 +1,14 @@
+//! The three networks of Stable Diffusion, generic over the device. Separate from the pipeline
+//! because each is a checkpoint of its own, whose names and config.json fields it uses.
+
+mod attention;
+pub mod clip;
+mod config;
+mod resnet;
+pub mod unet;
+mod unet_blocks;
+pub mod vae;
+
+pub use clip::TextEncoder;
+pub use unet::UNet;
+pub use vae::Decoder;
