@@ -22,8 +22,10 @@
 
 pub mod backend;
 pub mod error;
+pub mod image;
 pub mod model;
 pub mod nn;
+pub mod pipeline;
 pub mod progress;
 pub mod rng;
 pub mod schedule;
