@@ -27,6 +27,7 @@ pub mod model;
 pub mod nn;
 pub mod pipeline;
 pub mod progress;
+pub mod remote;
 pub mod rng;
 pub mod schedule;
 pub mod tensor;

@@ -1,0 +1,490 @@
+//! A session from the client's side: numbers buffers, gathers messages into frames, matches replies
+//! to requests. Separate from the storage, which speaks candle, and from the network: bytes come
+//! and go through [`ClientEnd`], and nothing here waits but for a reply.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use candle_core::Layout;
+
+use super::message::{MAX_PROGRAMS, Message, Numbering, Outbox, Progress, Reply, fatal};
+use super::op::{Call, Digest, Id, Op};
+use super::transcript::Transcript;
+use super::transport::{BulkSource, ClientEnd, Waker};
+use super::wire::{Reader, malformed};
+use crate::backend::Meta;
+use crate::error::{Error, Result};
+
+/// Bytes that may wait to be sent before callers are held back.
+const MAX_WAITING_BYTES: usize = 16 << 20;
+/// How long a request may take: longer than any op on any machine.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// One session with a worker.
+pub struct Session {
+    /// Of the worker, for people; never the token.
+    name: String,
+    state: Mutex<State>,
+    /// Something arrived, was sent, or broke.
+    changed: Condvar,
+    waker: OnceLock<Waker>,
+}
+
+#[derive(Default)]
+struct State {
+    outbox: Outbox,
+    /// Whether the network was called and has not yet found the outbox empty.
+    is_awake: bool,
+    bulk: VecDeque<BulkSource>,
+    numbering: Numbering,
+    next_transfer: u64,
+    next_ticket: u64,
+    /// Requests in the order in which they will be answered.
+    requests: VecDeque<u64>,
+    answers: HashMap<u64, Result<Answer>>,
+    /// Pieces of the read that is being answered.
+    pieces: Vec<u8>,
+    failure: Option<Error>,
+    programs: Programs,
+    statistics: Statistics,
+}
+
+#[derive(Default)]
+struct Programs {
+    next: u64,
+    /// Least recently used first.
+    known: VecDeque<Program>,
+    recording: Option<Program>,
+    /// Every call records anew and is compared with the recording before.
+    are_checked: bool,
+}
+
+struct Program {
+    key: String,
+    number: u64,
+    outputs: Vec<Output>,
+    /// What was recorded, where programs are checked.
+    transcript: Option<Transcript>,
+}
+
+/// A result of a program: its buffer, and which view of it is meant.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// The buffer.
+    pub meta: Meta,
+    /// The view.
+    pub layout: Layout,
+}
+
+enum Answer {
+    Data(Vec<u8>),
+    Done(Progress),
+    Present(Vec<bool>),
+}
+
+/// What went over the wire and what was done there.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// Calls that were sent.
+    pub calls: u64,
+    /// Programs that were replayed.
+    pub replays: u64,
+    /// Requests that had to wait for an answer.
+    pub round_trips: u64,
+    /// Bytes of frames to the worker.
+    pub bytes_up: u64,
+    /// Bytes of frames from the worker.
+    pub bytes_down: u64,
+    /// Bytes of weights and other bulk to the worker.
+    pub bulk_bytes_up: u64,
+    /// As the worker said last.
+    pub worker: Progress,
+}
+
+/// What [`Session::begin_program`] found.
+pub enum Begun {
+    /// The program is known and was replayed: the ids of its results, and what they are.
+    Replayed(Vec<(Id, Output)>),
+    /// Run it now; [`Session::end_program`] ends the recording.
+    Recording,
+}
+
+/// A promise of an answer.
+#[derive(Debug)]
+#[must_use]
+pub struct Ticket(u64);
+
+impl Session {
+    /// A session with the worker `name`. It speaks when somebody takes its frames.
+    pub fn new(name: impl Into<String>) -> Arc<Self> {
+        Arc::new(Self {
+            name: name.into(),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            waker: OnceLock::new(),
+        })
+    }
+
+    /// Who is called when there is something to send; set once, by the network.
+    pub fn set_waker(&self, waker: Waker) {
+        // A second waker would mean two networks for one session: the first stays.
+        let _ = self.waker.set(waker);
+        self.wake();
+    }
+
+    /// The worker, for people.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What went over the wire so far.
+    pub fn statistics(&self) -> Statistics {
+        self.lock().statistics
+    }
+
+    /// Whether the session goes on.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub fn check(&self) -> Result<()> {
+        self.lock().failure.clone().map_or(Ok(()), Err)
+    }
+
+    /// Runs `call` there; its result's id. An error is one of the session, not of the call.
+    ///
+    /// # Errors
+    /// If the session is over.
+    pub fn call(&self, call: Call) -> Result<Id> {
+        let mut state = self.ready()?;
+        state.statistics.calls += 1;
+        let recording = state.programs.recording.as_mut();
+        if let Some(transcript) = recording.and_then(|program| program.transcript.as_mut()) {
+            transcript.add(&call);
+        }
+        self.send(&mut state, &Message::Call(call))
+    }
+
+    /// Gives a buffer back. After the session's end nobody needs to hear of it.
+    pub fn free(&self, id: Id) {
+        let mut state = self.lock();
+        if state.failure.is_none() {
+            let next = state.numbering.next();
+            // It goes along with whatever is sent next: nobody is woken for it.
+            state.outbox.push(|out| Message::Free(id).put(next, out));
+        }
+    }
+
+    /// Sends `len` bytes beside the frames; the op that stands for them.
+    ///
+    /// # Errors
+    /// If the session is over.
+    pub fn transfer(&self, source: impl FnOnce(u64) -> (BulkSource, Op)) -> Result<Op> {
+        let mut state = self.ready()?;
+        let transfer = state.next_transfer;
+        state.next_transfer += 1;
+        let (source, op) = source(transfer);
+        state.statistics.bulk_bytes_up += source.len;
+        state.bulk.push_back(source);
+        drop(state);
+        self.wake();
+        Ok(op)
+    }
+
+    /// Sends weights beside the frames.
+    ///
+    /// # Errors
+    /// If the session is over.
+    pub fn send_bulk(&self, source: BulkSource) -> Result<()> {
+        self.transfer(|_| (source, Op::Copy)).map(drop)
+    }
+
+    /// How many bulk transfers wait to begin.
+    pub fn waiting_bulk(&self) -> usize {
+        self.lock().bulk.len()
+    }
+
+    /// Asks for a whole buffer, early: the answer is taken by [`data`](Self::data).
+    ///
+    /// # Errors
+    /// If the session is over.
+    pub fn read(&self, id: Id) -> Result<Ticket> {
+        self.request(&Message::Read(id))
+    }
+
+    /// Asks to hear when everything so far is done.
+    ///
+    /// # Errors
+    /// If the session is over.
+    pub fn mark(&self) -> Result<Ticket> {
+        self.request(&Message::Mark)
+    }
+
+    /// Which of the weights the worker has.
+    ///
+    /// # Errors
+    /// If the session is over.
+    pub fn probe(&self, digests: &[Digest]) -> Result<Vec<bool>> {
+        let mut present = Vec::with_capacity(digests.len());
+        for part in digests.chunks(super::message::MAX_PROBE) {
+            let ticket = self.request(&Message::Probe(part.to_vec()))?;
+            match self.wait(ticket)? {
+                Answer::Present(answer) if answer.len() == part.len() => present.extend(answer),
+                _ => return Err(self.confused()),
+            }
+        }
+        Ok(present)
+    }
+
+    /// The bytes of a buffer.
+    ///
+    /// # Errors
+    /// The first cause why the buffer could not be made, or of the session's end.
+    pub fn data(&self, ticket: Ticket) -> Result<Vec<u8>> {
+        match self.wait(ticket)? {
+            Answer::Data(bytes) => Ok(bytes),
+            Answer::Done(_) | Answer::Present(_) => Err(self.confused()),
+        }
+    }
+
+    /// Waits until a mark was reached.
+    ///
+    /// # Errors
+    /// If the session is over.
+    pub fn done(&self, ticket: Ticket) -> Result<Progress> {
+        match self.wait(ticket)? {
+            Answer::Done(progress) => Ok(progress),
+            Answer::Data(_) | Answer::Present(_) => Err(self.confused()),
+        }
+    }
+
+    /// Whether a mark was reached, without waiting.
+    pub fn is_answered(&self, ticket: &Ticket) -> bool {
+        let state = self.lock();
+        state.failure.is_some() || state.answers.contains_key(&ticket.0)
+    }
+
+    /// Replays the program of `key` on `inputs`, or begins to record it.
+    ///
+    /// # Errors
+    /// If the session is over, or a program is being recorded already.
+    pub fn begin_program(&self, key: &str, inputs: Vec<Id>) -> Result<Begun> {
+        let mut state = self.ready()?;
+        if state.programs.recording.is_some() {
+            return Err(Error::other("a program cannot be recorded within another"));
+        }
+        let known = state.programs.known.iter().position(|program| program.key == key);
+        let known = known.and_then(|place| state.programs.known.remove(place));
+        if let Some(Program { number: program, transcript: Some(before), .. }) = known {
+            self.send(&mut state, &Message::DropProgram { program })?;
+            return self.record(&mut state, key, inputs, Some(before));
+        }
+        if let Some(program) = known {
+            let message = Message::Replay { program: program.number, inputs };
+            let Id(first) = self.send(&mut state, &message)?;
+            state.statistics.replays += 1;
+            let outputs = program.outputs.iter().cloned().enumerate();
+            let outputs = outputs.map(|(i, output)| (Id(first + i as u64), output)).collect();
+            state.programs.known.push_back(program);
+            return Ok(Begun::Replayed(outputs));
+        }
+        if state.programs.known.len() >= MAX_PROGRAMS
+            && let Some(Program { number: program, .. }) = state.programs.known.pop_front()
+        {
+            self.send(&mut state, &Message::DropProgram { program })?;
+        }
+        self.record(&mut state, key, inputs, None)
+    }
+
+    fn record(
+        &self,
+        state: &mut State,
+        key: &str,
+        inputs: Vec<Id>,
+        before: Option<Transcript>,
+    ) -> Result<Begun> {
+        let number = state.programs.next;
+        state.programs.next += 1;
+        let are_checked = state.programs.are_checked;
+        let transcript =
+            are_checked.then(|| Transcript::new(&inputs, state.numbering.next(), before));
+        let key = key.to_string();
+        state.programs.recording = Some(Program { key, number, outputs: vec![], transcript });
+        self.send(state, &Message::BeginProgram { program: number, inputs })?;
+        Ok(Begun::Recording)
+    }
+
+    /// From now on programs are not replayed: each call records anew, and one that differs from the
+    /// recording before is an error naming the op. For tests: a replay would have been stale.
+    pub fn check_programs(&self) {
+        self.lock().programs.are_checked = true;
+    }
+
+    /// Ends the recording: the program's results are these.
+    ///
+    /// # Errors
+    /// If the session is over, or nothing is being recorded.
+    pub fn end_program(&self, outputs: Vec<(Id, Output)>) -> Result<()> {
+        let mut state = self.ready()?;
+        let Some(mut program) = state.programs.recording.take() else {
+            return Err(Error::other("no program is being recorded"));
+        };
+        let (ids, outputs) = outputs.into_iter().unzip();
+        program.outputs = outputs;
+        self.send(&mut state, &Message::EndProgram { outputs: ids })?;
+        let differs = program.transcript.as_mut().and_then(|transcript| transcript.difference());
+        let key = program.key.clone();
+        state.programs.known.push_back(program);
+        match differs {
+            Some(difference) => Err(Error::other(format!("program {key}: {difference}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// The recording failed: both sides forget it.
+    pub fn abort_program(&self) {
+        let mut state = self.lock();
+        if state.programs.recording.take().is_some() && state.failure.is_none() {
+            // Both sides began it, so it can be aborted.
+            let _ = self.send(&mut state, &Message::AbortProgram);
+        }
+    }
+
+    /// Forgets every program, so that the next call of each records it anew.
+    pub fn forget_programs(&self) {
+        let mut state = self.lock();
+        while let Some(Program { number: program, .. }) = state.programs.known.pop_front() {
+            if state.failure.is_none() {
+                // Both sides know it, so it can be dropped.
+                let _ = self.send(&mut state, &Message::DropProgram { program });
+            }
+        }
+    }
+
+    fn request(&self, message: &Message) -> Result<Ticket> {
+        let mut state = self.ready()?;
+        let ticket = state.next_ticket;
+        state.next_ticket += 1;
+        state.requests.push_back(ticket);
+        state.statistics.round_trips += u64::from(*message != Message::Mark);
+        self.send(&mut state, message)?;
+        Ok(Ticket(ticket))
+    }
+
+    fn wait(&self, Ticket(ticket): Ticket) -> Result<Answer> {
+        let state = self.lock();
+        let waits =
+            |state: &mut State| state.failure.is_none() && !state.answers.contains_key(&ticket);
+        let (mut state, timeout) = self
+            .changed
+            .wait_timeout_while(state, REPLY_TIMEOUT, waits)
+            .unwrap_or_else(PoisonError::into_inner);
+        match state.answers.remove(&ticket) {
+            Some(answer) => answer,
+            None if timeout.timed_out() => Err(Error::remote(format!(
+                "{} did not answer within {} s",
+                self.name,
+                REPLY_TIMEOUT.as_secs()
+            ))),
+            None => Err(state.failure.clone().unwrap_or_else(|| self.confused())),
+        }
+    }
+
+    /// Appends a message; the id of its first result.
+    fn send(&self, state: &mut State, message: &Message) -> Result<Id> {
+        let next = state.numbering.next();
+        state.numbering.advance(message)?;
+        state.outbox.push(|out| message.put(next, out));
+        if !std::mem::replace(&mut state.is_awake, true) {
+            self.wake();
+        }
+        Ok(next)
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = self.waker.get() {
+            waker();
+        }
+    }
+
+    /// The state of a session that goes on, when there is room for more.
+    fn ready(&self) -> Result<MutexGuard<'_, State>> {
+        let mut state = self.lock();
+        while state.failure.is_none() && state.outbox.bytes() > MAX_WAITING_BYTES {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        match &state.failure {
+            None => Ok(state),
+            Some(failure) => Err(failure.clone()),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn confused(&self) -> Error {
+        Error::remote(format!("{} answered something else than was asked", self.name))
+    }
+
+    fn take(&self, state: &mut State, reply: Reply) -> Result<()> {
+        let answer = match reply {
+            Reply::Fatal(text) => return Err(fatal(format!("{}: {text}", self.name))),
+            Reply::Data { bytes, is_last } => {
+                state.pieces.extend(bytes);
+                if !is_last {
+                    return Ok(());
+                }
+                Ok(Answer::Data(std::mem::take(&mut state.pieces)))
+            }
+            Reply::Failed(cause) => Err(Error::remote(format!("{}: {cause}", self.name))),
+            Reply::Done(progress) => {
+                state.statistics.worker = progress;
+                Ok(Answer::Done(progress))
+            }
+            Reply::Present(present) => Ok(Answer::Present(present)),
+        };
+        let ticket = state.requests.pop_front();
+        let ticket = ticket.ok_or_else(|| malformed("answers what was not asked"))?;
+        state.answers.insert(ticket, answer);
+        Ok(())
+    }
+}
+
+impl ClientEnd for Session {
+    fn next_frame(&self) -> Option<Vec<u8>> {
+        let mut state = self.lock();
+        let Some(frame) = state.outbox.take() else {
+            state.is_awake = false;
+            return None;
+        };
+        state.statistics.bytes_up += frame.len() as u64;
+        self.changed.notify_all();
+        Some(frame)
+    }
+
+    fn next_bulk(&self) -> Option<BulkSource> {
+        let bulk = self.lock().bulk.pop_front();
+        self.changed.notify_all();
+        bulk
+    }
+
+    fn received(&self, frame: &[u8]) -> Result<()> {
+        let mut state = self.lock();
+        state.statistics.bytes_down += frame.len() as u64;
+        let mut input = Reader::new(frame);
+        while !input.is_empty() {
+            let reply = Reply::get(&mut input)?;
+            self.take(&mut state, reply)?;
+        }
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn lost(&self, error: Error) {
+        let mut state = self.lock();
+        state.failure.get_or_insert(error);
+        state.bulk.clear();
+        self.changed.notify_all();
+    }
+}

@@ -1,0 +1,368 @@
+//! A session from the worker's side: runs messages one after the other on any backend. Separate
+//! from the network and from threads: messages come in, replies go out, nothing here waits but for
+//! weights that are on their way.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+use candle_core::Layout;
+
+use super::heap::{Buffer, Heap, Poison, Slot, view_of};
+use super::library::{Library, Recipe, Weights};
+use super::message::{MAX_PIECE_BYTES, Message, Progress, Reply};
+use super::op::execute::{execute, execute_in_place, to_bytes};
+use super::op::infer::Source;
+use super::op::{Call, Id, Op};
+use super::program::{Program, Recorded, Recording, Resolved, Step};
+use crate::backend::{Backend, Fused, Meta, MetaRef, View};
+use crate::error::{Error, Result};
+
+/// What a session may use.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Bytes of its buffers.
+    pub memory_bytes: u64,
+    /// Number of its buffers.
+    pub buffers: usize,
+}
+
+/// Large host tensors on their way to a session.
+pub trait Arrivals: Send + Sync {
+    /// The bytes of a transfer; waits for them, but not for ever.
+    ///
+    /// # Errors
+    /// If they do not come.
+    fn take(&self, transfer: u64) -> Result<Vec<u8>>;
+}
+
+/// The state of one session.
+pub struct Executor<B: Backend> {
+    device: B::Device,
+    heap: Heap<B>,
+    weights: Arc<Weights<B>>,
+    library: Arc<dyn Library>,
+    arrivals: Arc<dyn Arrivals>,
+    programs: HashMap<u64, Recorded<B>>,
+    recording: Option<Recording<B>>,
+    progress: Progress,
+}
+
+impl<B: Backend> Executor<B> {
+    /// A session without buffers.
+    pub fn new(
+        device: B::Device,
+        weights: Arc<Weights<B>>,
+        library: Arc<dyn Library>,
+        arrivals: Arc<dyn Arrivals>,
+        limits: Limits,
+    ) -> Self {
+        Self {
+            device,
+            heap: Heap::new(limits.memory_bytes, limits.buffers),
+            weights,
+            library,
+            arrivals,
+            programs: HashMap::new(),
+            recording: None,
+            progress: Progress::default(),
+        }
+    }
+
+    /// Time that was spent waiting for messages: for statistics.
+    pub fn idled(&mut self, time: Duration) {
+        self.progress.idle_us += time.as_micros() as u64;
+    }
+
+    /// Runs one message, whose first result gets `id`, and says what there is to say.
+    ///
+    /// # Errors
+    /// If the session must end. A failing op does not end it: its result is poisoned.
+    pub fn run(
+        &mut self,
+        id: Id,
+        message: Message,
+        reply: &mut dyn FnMut(Reply) -> Result<()>,
+    ) -> Result<()> {
+        let started = std::time::Instant::now();
+        match message {
+            Message::Call(call) => self.call(id, call)?,
+            Message::Free(id) => self.free(id),
+            Message::Read(id) => self.read(id, reply)?,
+            Message::Mark => {
+                let memory_bytes = self.heap.used_bytes();
+                reply(Reply::Done(Progress { memory_bytes, ..self.progress }))?;
+            }
+            Message::Probe(digests) => {
+                reply(Reply::Present(self.library.has(&digests)))?;
+            }
+            Message::BeginProgram { program, inputs } => {
+                self.recording = Some(Recording::new(program, inputs));
+            }
+            Message::EndProgram { outputs } => {
+                if let Some(recording) = self.recording.take() {
+                    let (program, recorded) = recording.finish(&outputs);
+                    self.programs.insert(program, recorded);
+                }
+            }
+            Message::AbortProgram => self.recording = None,
+            Message::Replay { program, inputs } => self.replay(id, program, &inputs)?,
+            Message::DropProgram { program } => drop(self.programs.remove(&program)),
+        }
+        self.progress.busy_us += started.elapsed().as_micros() as u64;
+        Ok(())
+    }
+
+    fn free(&mut self, id: Id) {
+        if let Some(recording) = &mut self.recording {
+            recording.free(id);
+        }
+        self.heap.take(id);
+    }
+
+    fn call(&mut self, id: Id, call: Call) -> Result<()> {
+        self.progress.ops += 1;
+        if call.op.is_in_place() {
+            return self.call_in_place(call);
+        }
+        let number = self.progress.ops;
+        let slot = match self.lazy(&call) {
+            Some(recipe) => Slot::Lazy(recipe),
+            None => {
+                match self.resolve(&call).and_then(|args| self.compute(&call.op, &args, number)) {
+                    Ok(buffer) => Slot::Ready(buffer),
+                    Err(poison) => Slot::Poisoned(poison),
+                }
+            }
+        };
+        if let Some(mut recording) = self.recording.take() {
+            recording.step(id, &call, |id| self.materialise(id));
+            self.recording = Some(recording);
+        }
+        self.heap.put(id, slot)
+    }
+
+    /// A weight, or what is made of one at load, is not made before it is needed: it may be there
+    /// already, from another session.
+    fn lazy(&self, call: &Call) -> Option<Recipe> {
+        match (&call.op, call.args.as_slice()) {
+            (Op::Weight { digest, dtype, dims }, []) if call.op.infer(&[]).is_ok() => {
+                Some(Recipe { digest: *digest, dtype: *dtype, dims: dims.clone(), role: None })
+            }
+            (Op::Fused(Fused::Prepare(role)), [arg]) => {
+                let Ok(Slot::Lazy(recipe)) = self.heap.get(arg.id) else { return None };
+                let natural = Layout::contiguous(recipe.dims.clone());
+                let layout = arg.layout.as_ref().unwrap_or(&natural);
+                let meta = MetaRef { dtype: recipe.dtype, layout };
+                let covers = layout.is_contiguous()
+                    && layout.start_offset() == 0
+                    && layout.shape().elem_count() == natural.shape().elem_count()
+                    && recipe.role.is_none()
+                    && Fused::Prepare(*role).infer(&[meta]).is_ok();
+                let dims = layout.dims().to_vec();
+                covers.then_some(Recipe { dims, role: Some(*role), ..recipe })
+            }
+            _ => None,
+        }
+    }
+
+    /// The buffer under `id`, made now if it is a weight that nobody needed before.
+    fn materialise(&mut self, id: Id) -> std::result::Result<Arc<Buffer<B>>, Poison> {
+        match self.heap.get(id).map_err(poison)? {
+            Slot::Ready(buffer) => Ok(buffer),
+            Slot::Poisoned(poison) => Err(poison),
+            Slot::Lazy(recipe) => {
+                let get = || self.weights.get(&recipe, &*self.library, &self.device);
+                let made = guard(get).map_err(poison);
+                self.heap.take(id);
+                let slot = match &made {
+                    Ok(buffer) => Slot::Ready(buffer.clone()),
+                    Err(poison) => Slot::Poisoned(poison.clone()),
+                };
+                self.heap.put(id, slot).map_err(poison)?;
+                made
+            }
+        }
+    }
+
+    fn resolve(&mut self, call: &Call) -> std::result::Result<Resolved<B>, Poison> {
+        let mut resolved = Vec::with_capacity(call.args.len());
+        for operand in &call.args {
+            let buffer = self.materialise(operand.id)?;
+            let layout = view_of(&buffer, operand).map_err(|error| self.failed(&call.op, error))?;
+            resolved.push((buffer, layout));
+        }
+        Ok(resolved)
+    }
+
+    fn compute(
+        &self,
+        op: &Op,
+        args: &Resolved<B>,
+        number: u64,
+    ) -> std::result::Result<Arc<Buffer<B>>, Poison> {
+        let run = || -> Result<Arc<Buffer<B>>> {
+            let meta = op.infer(&sources(args))?;
+            self.heap.check_room(&meta)?;
+            let storage = guard(|| self.execute(op, args, &meta))?;
+            Ok(self.heap.charge(storage, meta))
+        };
+        run().map_err(|error| poison(error.context(format!("call {number}"))))
+    }
+
+    fn execute(&self, op: &Op, args: &Resolved<B>, meta: &Meta) -> Result<B> {
+        use candle_core::backend::BackendDevice;
+        if let Op::Received { transfer, dtype, len } = op {
+            let bytes = self.arrivals.take(*transfer)?;
+            if bytes.len() != len * dtype.size_in_bytes() {
+                let have = bytes.len();
+                return Err(Error::other(format!("{have} bytes arrived for {meta:?}")));
+            }
+            let host = super::op::execute::from_bytes(*dtype, &bytes)?;
+            return Ok(self.device.storage_from_cpu_storage_owned(host)?);
+        }
+        execute(op, &self.device, &views(args))
+    }
+
+    fn failed(&self, op: &Op, error: Error) -> Poison {
+        poison(error.context(format!("call {}: {}", self.progress.ops, op.name())))
+    }
+
+    /// The target leaves the heap while it is written, so that it cannot be a source as well.
+    fn call_in_place(&mut self, mut call: Call) -> Result<()> {
+        let target = match call.args.is_empty() {
+            true => return Err(super::wire::malformed("writes nowhere")),
+            false => call.args.remove(0),
+        };
+        if let Some(recording) = &mut self.recording {
+            recording.refuse("an op in place cannot be part of a program");
+        }
+        let slot = match self.materialise(target.id) {
+            Err(poison) => Slot::Poisoned(poison),
+            Ok(buffer) => {
+                self.heap.take(target.id);
+                match self.write(&call, &target, buffer) {
+                    Ok(buffer) => Slot::Ready(buffer),
+                    Err(poison) => Slot::Poisoned(poison),
+                }
+            }
+        };
+        self.heap.take(target.id);
+        self.heap.put(target.id, slot)
+    }
+
+    fn write(
+        &mut self,
+        call: &Call,
+        target: &super::op::Operand,
+        mut buffer: Arc<Buffer<B>>,
+    ) -> std::result::Result<Arc<Buffer<B>>, Poison> {
+        let args = self.resolve(call)?;
+        let run = || -> Result<Arc<Buffer<B>>> {
+            let layout = view_of(&buffer, target)?;
+            let meta = MetaRef { dtype: buffer.meta.dtype, layout: &layout };
+            let mut all = vec![Source { meta, len: buffer.elem_count() }];
+            all.extend(sources(&args));
+            call.op.infer(&all)?;
+            if Arc::get_mut(&mut buffer).is_none() {
+                // A program or another session has it as well: they keep what they have.
+                self.heap.check_room(&buffer.meta)?;
+                let copy = buffer.storage.try_clone(&buffer.meta.layout)?;
+                buffer = self.heap.charge(copy, buffer.meta.clone());
+            }
+            if let Some(own) = Arc::get_mut(&mut buffer) {
+                guard(|| execute_in_place(&call.op, &mut own.storage, &layout, &views(&args)))?;
+            }
+            Ok(buffer)
+        };
+        run().map_err(|error| self.failed(&call.op, error))
+    }
+
+    fn read(&mut self, id: Id, reply: &mut dyn FnMut(Reply) -> Result<()>) -> Result<()> {
+        let read = self.materialise(id).and_then(|buffer| {
+            guard(|| to_bytes(&buffer.storage.to_cpu_storage()?)).map_err(poison)
+        });
+        match read {
+            Err(poison) => reply(Reply::Failed(poison.to_string())),
+            Ok(bytes) => {
+                let pieces = bytes.len().div_ceil(MAX_PIECE_BYTES).max(1);
+                for piece in 0..pieces {
+                    let end = bytes.len().min((piece + 1) * MAX_PIECE_BYTES);
+                    let bytes = bytes[piece * MAX_PIECE_BYTES..end].to_vec();
+                    reply(Reply::Data { bytes, is_last: piece + 1 == pieces })?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn replay(&mut self, id: Id, program: u64, inputs: &[Id]) -> Result<()> {
+        let Some(known) = self.programs.get(&program) else {
+            return Err(super::wire::malformed("names a program that is not there"));
+        };
+        let results = match known.program.clone() {
+            Err(poison) => vec![Err(poison); known.outputs],
+            Ok(program) => {
+                let inputs: Vec<_> = inputs.iter().map(|id| self.materialise(*id)).collect();
+                self.progress.replays += 1;
+                self.run_program(&program, &inputs)
+            }
+        };
+        for (i, result) in results.into_iter().enumerate() {
+            let slot = match result {
+                Ok(buffer) => Slot::Ready(buffer),
+                Err(poison) => Slot::Poisoned(poison),
+            };
+            self.heap.put(Id(id.0 + i as u64), slot)?;
+        }
+        Ok(())
+    }
+
+    fn run_program(
+        &mut self,
+        program: &Program<B>,
+        inputs: &[std::result::Result<Arc<Buffer<B>>, Poison>],
+    ) -> Vec<std::result::Result<Arc<Buffer<B>>, Poison>> {
+        let mut frame = program.frame(inputs);
+        for step in program.steps() {
+            match step {
+                Step::Free(local) => frame.free(*local),
+                Step::Call { op, args } => {
+                    self.progress.ops += 1;
+                    let number = self.progress.ops;
+                    let result =
+                        frame.resolve(args).and_then(|args| self.compute(op, &args, number));
+                    frame.push(result);
+                }
+            }
+        }
+        program.outputs(&frame)
+    }
+}
+
+fn poison(error: Error) -> Poison {
+    Poison::from(error.to_string())
+}
+
+/// A panic in a kernel is an error of that op, not the end of the worker.
+fn guard<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        Err(Error::other(format!("the kernel panicked: {}", text.unwrap_or("no message"))))
+    })
+}
+
+fn sources<B>(args: &Resolved<B>) -> Vec<Source<'_>> {
+    args.iter()
+        .map(|(buffer, layout)| Source {
+            meta: MetaRef { dtype: buffer.meta.dtype, layout },
+            len: buffer.elem_count(),
+        })
+        .collect()
+}
+
+fn views<B>(args: &Resolved<B>) -> Vec<View<'_, B>> {
+    args.iter().map(|(buffer, layout)| View { storage: &buffer.storage, layout }).collect()
+}

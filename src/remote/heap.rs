@@ -1,0 +1,171 @@
+//! The buffers of one session. Separate because here a foreign id becomes a buffer or an error,
+//! and here a session's memory is counted.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::Layout;
+
+use super::library::Recipe;
+use super::op::{Id, Operand};
+use crate::backend::order::fits;
+use crate::backend::{Backend, Meta};
+use crate::error::{Error, Result};
+
+/// A buffer and what it is.
+#[derive(Debug)]
+pub struct Buffer<B> {
+    /// On the worker's device.
+    pub storage: B,
+    /// dtype and the layout it was made with, which covers all of it.
+    pub meta: Meta,
+    /// The memory that is given back when the buffer goes: held for what its end does.
+    _charge: Option<Charge>,
+}
+
+#[derive(Debug)]
+struct Charge {
+    bytes: u64,
+    total: Arc<AtomicU64>,
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.total.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+impl<B> Buffer<B> {
+    /// A buffer that no session pays for.
+    pub fn shared(storage: B, meta: Meta) -> Self {
+        Self { storage, meta, _charge: None }
+    }
+
+    /// Elements of the whole buffer.
+    pub fn elem_count(&self) -> usize {
+        self.meta.layout.shape().elem_count()
+    }
+
+    /// Bytes of the whole buffer.
+    pub fn bytes(&self) -> u64 {
+        bytes(&self.meta)
+    }
+}
+
+fn bytes(meta: &Meta) -> u64 {
+    meta.layout.shape().elem_count() as u64 * meta.dtype.size_in_bytes() as u64
+}
+
+/// Why a buffer could not be made: the first cause, handed on by everything that needed it.
+pub type Poison = Arc<str>;
+
+/// What an id stands for.
+#[derive(Debug)]
+pub enum Slot<B> {
+    /// A buffer.
+    Ready(Arc<Buffer<B>>),
+    /// A weight that nobody has needed yet.
+    Lazy(Recipe),
+    /// A buffer that could not be made.
+    Poisoned(Poison),
+}
+
+impl<B> Clone for Slot<B> {
+    fn clone(&self) -> Self {
+        match self {
+            Slot::Ready(buffer) => Slot::Ready(buffer.clone()),
+            Slot::Lazy(recipe) => Slot::Lazy(recipe.clone()),
+            Slot::Poisoned(poison) => Slot::Poisoned(poison.clone()),
+        }
+    }
+}
+
+/// All buffers of a session.
+#[derive(Debug)]
+pub struct Heap<B> {
+    slots: HashMap<Id, Slot<B>>,
+    used: Arc<AtomicU64>,
+    max_bytes: u64,
+    max_buffers: usize,
+}
+
+impl<B: Backend> Heap<B> {
+    /// An empty heap that may grow to `max_bytes` in `max_buffers` buffers.
+    pub fn new(max_bytes: u64, max_buffers: usize) -> Self {
+        Self { slots: HashMap::new(), used: Arc::default(), max_bytes, max_buffers }
+    }
+
+    /// Bytes in use, those that only programs hold included.
+    pub fn used_bytes(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// What stands under `id`.
+    ///
+    /// # Errors
+    /// If nothing does.
+    pub fn get(&self, id: Id) -> Result<Slot<B>> {
+        let slot = self.slots.get(&id).cloned();
+        slot.ok_or_else(|| Error::other(format!("buffer #{} is not there", id.0)))
+    }
+
+    /// Puts something under `id`.
+    ///
+    /// # Errors
+    /// If there are too many buffers.
+    pub fn put(&mut self, id: Id, slot: Slot<B>) -> Result<()> {
+        if self.slots.len() >= self.max_buffers {
+            let max = self.max_buffers;
+            return Err(Error::other(format!("more than {max} buffers in one session")));
+        }
+        self.slots.insert(id, slot);
+        Ok(())
+    }
+
+    /// Takes what stands under `id` away.
+    pub fn take(&mut self, id: Id) -> Option<Slot<B>> {
+        self.slots.remove(&id)
+    }
+
+    /// Whether there is room for a result.
+    ///
+    /// # Errors
+    /// Says how much was needed and how much is left.
+    pub fn check_room(&self, meta: &Meta) -> Result<()> {
+        let (needed, used, max) = (bytes(meta), self.used_bytes(), self.max_bytes);
+        if used.saturating_add(needed) > max {
+            return Err(Error::other(format!(
+                "out of memory: {needed} bytes beside the {used} in use are more than the \
+                 session's {max} (worker --session-memory); a smaller picture needs less"
+            )));
+        }
+        Ok(())
+    }
+
+    /// A buffer that this session pays for.
+    pub fn charge(&self, storage: B, meta: Meta) -> Arc<Buffer<B>> {
+        let bytes = bytes(&meta);
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+        let charge = Some(Charge { bytes, total: self.used.clone() });
+        Arc::new(Buffer { storage, meta, _charge: charge })
+    }
+}
+
+/// The view that an operand means, if it lies within its buffer.
+///
+/// # Errors
+/// If it does not.
+pub fn view_of<B>(buffer: &Buffer<B>, operand: &Operand) -> Result<Layout> {
+    match &operand.layout {
+        None => Ok(buffer.meta.layout.clone()),
+        Some(layout) if fits(layout, buffer.elem_count()) => Ok(layout.clone()),
+        Some(layout) => Err(Error::other(format!(
+            "a view of shape {:?}, strides {:?}, offset {} reaches beyond its {} elements",
+            layout.dims(),
+            layout.stride(),
+            layout.start_offset(),
+            buffer.elem_count()
+        ))),
+    }
+}

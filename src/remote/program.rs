@@ -1,0 +1,191 @@
+//! Programs: calls that were recorded once and are replayed with other inputs by one small message.
+//! Separate from the executor because here, and nowhere else, ids of one run become places.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::Layout;
+
+use super::heap::{Buffer, Poison, view_of};
+use super::op::{Call, Id, Op, Operand};
+
+/// Steps of one program; a UNet evaluation has about a thousand.
+pub const MAX_STEPS: usize = 1 << 16;
+
+/// A recorded program. It holds what it uses from outside, so that nothing it needs can be freed.
+pub struct Program<B> {
+    steps: Vec<Step<B>>,
+    outputs: Vec<Place<B>>,
+}
+
+/// One step.
+pub enum Step<B> {
+    /// Run an op; its result is the next local.
+    Call { op: Op, args: Vec<(Place<B>, Option<Layout>)> },
+    /// A local is not needed any more.
+    Free(usize),
+}
+
+/// Where a step finds a buffer.
+pub enum Place<B> {
+    /// The `n`th input of this run.
+    Input(usize),
+    /// What the `n`th call of this run made.
+    Local(usize),
+    /// From outside: the same in every run.
+    Captured(Arc<Buffer<B>>),
+}
+
+/// What came of a recording.
+pub struct Recorded<B> {
+    /// How many results every run has.
+    pub outputs: usize,
+    /// The program, or why its results cannot be made.
+    pub program: Result<Arc<Program<B>>, Poison>,
+}
+
+/// A program that is being recorded.
+pub struct Recording<B> {
+    program: u64,
+    places: HashMap<Id, Place<B>>,
+    steps: Vec<Step<B>>,
+    locals: usize,
+    refused: Option<Poison>,
+}
+
+type Made<B> = Result<Arc<Buffer<B>>, Poison>;
+
+/// Operands of a call, each with the view that is meant.
+pub type Resolved<B> = Vec<(Arc<Buffer<B>>, Layout)>;
+
+impl<B> Clone for Place<B> {
+    fn clone(&self) -> Self {
+        match self {
+            Place::Input(n) => Place::Input(*n),
+            Place::Local(n) => Place::Local(*n),
+            Place::Captured(buffer) => Place::Captured(buffer.clone()),
+        }
+    }
+}
+
+impl<B> Recording<B> {
+    /// Nothing recorded yet; `inputs` are what varies from run to run.
+    pub fn new(program: u64, inputs: Vec<Id>) -> Self {
+        let places = inputs.into_iter().enumerate().map(|(n, id)| (id, Place::Input(n))).collect();
+        Self { program, places, steps: Vec::new(), locals: 0, refused: None }
+    }
+
+    /// The program cannot be replayed, and why.
+    pub fn refuse(&mut self, why: &str) {
+        self.refused.get_or_insert_with(|| why.into());
+    }
+
+    /// Records a call that made `id`; `capture` finds a buffer from outside.
+    pub fn step(&mut self, id: Id, call: &Call, mut capture: impl FnMut(Id) -> Made<B>) {
+        if self.steps.len() >= MAX_STEPS {
+            self.refuse("the program has too many steps");
+        }
+        if self.refused.is_some() {
+            return;
+        }
+        let mut args = Vec::with_capacity(call.args.len());
+        for Operand { id, layout } in &call.args {
+            let place = match self.places.get(id) {
+                Some(place) => place.clone(),
+                None => match capture(*id) {
+                    Ok(buffer) => Place::Captured(buffer),
+                    Err(poison) => return self.refuse(&poison),
+                },
+            };
+            args.push((place, layout.clone()));
+        }
+        self.steps.push(Step::Call { op: call.op.clone(), args });
+        self.places.insert(id, Place::Local(self.locals));
+        self.locals += 1;
+    }
+
+    /// Records that `id` was freed. Its number is never used again, so it stays known as an output.
+    pub fn free(&mut self, id: Id) {
+        if let Some(Place::Local(local)) = self.places.get(&id) {
+            self.steps.push(Step::Free(*local));
+        }
+    }
+
+    /// The program, or why there is none.
+    pub fn finish(mut self, outputs: &[Id]) -> (u64, Recorded<B>) {
+        let places: Option<Vec<_>> =
+            outputs.iter().map(|id| self.places.get(id).cloned()).collect();
+        if places.is_none() {
+            self.refuse("an output was not made by the program");
+        }
+        let recorded = match (self.refused, places) {
+            (None, Some(places)) => Ok(Arc::new(Program { steps: self.steps, outputs: places })),
+            (refused, _) => Err(refused.unwrap_or_else(|| "the program has no outputs".into())),
+        };
+        (self.program, Recorded { outputs: outputs.len(), program: recorded })
+    }
+}
+
+impl<B> Program<B> {
+    /// In the order of the recording.
+    pub fn steps(&self) -> &[Step<B>] {
+        &self.steps
+    }
+
+    /// A run with these inputs.
+    pub fn frame<'a>(&self, inputs: &'a [Made<B>]) -> Frame<'a, B> {
+        Frame { inputs, locals: Vec::new() }
+    }
+
+    /// The results of a run.
+    pub fn outputs(&self, frame: &Frame<'_, B>) -> Vec<Made<B>> {
+        self.outputs.iter().map(|place| frame.get(place)).collect()
+    }
+}
+
+/// The buffers of one run.
+pub struct Frame<'a, B> {
+    inputs: &'a [Made<B>],
+    locals: Vec<Option<Made<B>>>,
+}
+
+impl<B> Frame<'_, B> {
+    /// The next local.
+    pub fn push(&mut self, made: Made<B>) {
+        self.locals.push(Some(made));
+    }
+
+    /// Forgets a local.
+    pub fn free(&mut self, local: usize) {
+        if let Some(made) = self.locals.get_mut(local) {
+            *made = None;
+        }
+    }
+
+    fn get(&self, place: &Place<B>) -> Made<B> {
+        let missing = |what: &str| Err(Poison::from(format!("the program has no such {what}")));
+        match place {
+            Place::Captured(buffer) => Ok(buffer.clone()),
+            Place::Input(n) => self.inputs.get(*n).cloned().unwrap_or_else(|| missing("input")),
+            Place::Local(n) => {
+                self.locals.get(*n).cloned().flatten().unwrap_or_else(|| missing("local"))
+            }
+        }
+    }
+
+    /// The operands of a step.
+    ///
+    /// # Errors
+    /// The first cause why one could not be made, or why a view does not fit its buffer.
+    pub fn resolve(&self, args: &[(Place<B>, Option<Layout>)]) -> Result<Resolved<B>, Poison> {
+        args.iter()
+            .map(|(place, layout)| {
+                let buffer = self.get(place)?;
+                let operand = Operand { id: Id(0), layout: layout.clone() };
+                let layout =
+                    view_of(&buffer, &operand).map_err(|error| Poison::from(error.to_string()))?;
+                Ok((buffer, layout))
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,448 @@
+//! The client's end of a connection: finds the worker, shows the token, and then moves the bytes of
+//! a [`ClientEnd`] on a thread of its own until one side is gone.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, ConnectionError, Endpoint, RecvStream, SendStream, VarInt};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::{
+    BULK_STREAMS, Code, Ending, FRAME_PRIORITY, IDLE_TIMEOUT, MAX_MTU, SESSION_WINDOW, Staging,
+    Step, Wake, blocking, endpoint, receive, send_frame, transport,
+};
+use crate::error::{Error, Result};
+use crate::remote::hello::{ANSWER_HEADER_BYTES, Answer, Hello, readable};
+use crate::remote::transport::{
+    BulkSource, ClientEnd, MAX_BULK_HEADER_BYTES, MAX_FRAME_BYTES, Waker,
+};
+use crate::remote::trust::{PinnedCertificate, SERVER_NAME};
+use crate::remote::url::PairingUrl;
+
+/// How long a worker may take to answer, from the first packet to the welcome.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection that is dropped may take to send what waits.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long its last packet may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(100);
+/// Addresses of one host that are tried, all at once.
+const MAX_ADDRESSES: usize = 8;
+
+/// A session's connection. Dropping it sends the frames that wait (for at most a second), closes,
+/// and then ends whatever still waits through [`ClientEnd::lost`].
+pub struct Connection {
+    name: String,
+    greeting: String,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    wake: Arc<Wake>,
+    is_closing: AtomicBool,
+    closing: Notify,
+}
+
+/// Connects to the worker of `url` within `limit`, which is [`CONNECT_TIMEOUT`] but in tests.
+/// `end` is asked for frames at once, and again whenever [`Connection::waker`] is called.
+///
+/// # Errors
+/// If the worker is not found, does not answer, has another certificate, or refuses. Then `end` was
+/// not touched: [`ClientEnd::lost`] is called, once, when an established connection ends.
+pub fn connect(
+    url: &PairingUrl,
+    end: Arc<dyn ClientEnd>,
+    hello: Hello,
+    limit: Duration,
+) -> Result<Connection> {
+    let shared = Arc::new(Shared::default());
+    let (tell, answer) = mpsc::channel();
+    let network = Network { url: url.clone(), hello, limit, shared: Arc::clone(&shared) };
+    let failed = |error: std::io::Error| Error::other(format!("no network thread: {error}"));
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    let run = move || {
+        runtime.block_on(network.run(end, &tell));
+        runtime.shutdown_timeout(CLOSE_TIMEOUT);
+    };
+    let thread = thread::Builder::new().name("network".into()).spawn(run).map_err(failed)?;
+    let greeting = answer.recv().unwrap_or_else(|_| Err(Error::other("the network thread died")));
+    Ok(Connection { name: url.name(), greeting: greeting?, shared, thread: Some(thread) })
+}
+
+impl Connection {
+    /// To be called when `end` has something to send; from any thread, and often.
+    pub fn waker(&self) -> Waker {
+        self.shared.wake.waker()
+    }
+
+    /// The worker, `HOST:PORT`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What the worker said when the session began, such as `session 1 of 4`.
+    pub fn greeting(&self) -> &str {
+        &self.greeting
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.shared.is_closing.store(true, Ordering::Release);
+        self.shared.closing.notify_one();
+        self.shared.wake.frames.notify_one();
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != thread::current().id()
+        {
+            // It catches what panics in the session; there is nobody left to tell.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Everything waiting ends with an error, whatever becomes of the network thread.
+struct LostOnce {
+    end: Arc<dyn ClientEnd>,
+    error: Error,
+}
+
+impl Drop for LostOnce {
+    fn drop(&mut self) {
+        self.end.lost(self.error.clone());
+    }
+}
+
+struct Network {
+    url: PairingUrl,
+    hello: Hello,
+    limit: Duration,
+    shared: Arc<Shared>,
+}
+
+/// A session that was welcomed.
+struct Session {
+    endpoint: Endpoint,
+    connection: quinn::Connection,
+    send: SendStream,
+    receive: RecvStream,
+    greeting: String,
+}
+
+impl Network {
+    async fn run(self, end: Arc<dyn ClientEnd>, tell: &mpsc::Sender<Result<String>>) {
+        let silent = || {
+            Error::remote(format!(
+                "the worker {name} does not answer within {limit:?}: is `tiny-sd worker` running \
+                 there, and does its firewall let UDP port {port} in?",
+                name = self.url.name(),
+                limit = self.limit,
+                port = self.url.port(),
+            ))
+        };
+        let established = timeout(self.limit, self.establish()).await;
+        let session = match established.unwrap_or_else(|_| Err(silent())) {
+            Ok(session) => session,
+            Err(error) => {
+                // The caller waits for this.
+                let _ = tell.send(Err(error));
+                return;
+            }
+        };
+        let name = self.url.name();
+        let error = Error::remote(format!("internal error in the connection to {name}"));
+        let mut lost = LostOnce { end: Arc::clone(&end), error };
+        let _ = tell.send(Ok(session.greeting.clone()));
+        let Session { endpoint, connection, send, receive, .. } = session;
+        let ending = self.drive(&end, &connection, send, receive).await;
+        let is_closing = self.shared.is_closing.load(Ordering::Acquire);
+        // A stream that breaks is mostly the shadow of a connection that does.
+        let ending = connection.close_reason().map_or(ending, Ending::Lost);
+        let (code, text, error) = match ending {
+            _ if is_closing => {
+                (Code::Done, "", Error::remote(format!("the session with {name} was closed")))
+            }
+            Ending::Finished => {
+                (Code::Done, "", Error::remote(format!("the worker {name} ended the session")))
+            }
+            Ending::Lost(error) => (Code::Done, "", explain(&name, &error)),
+            Ending::Fault(error) => (Code::Fault, "client gave up", error.context(&name)),
+        };
+        connection.close(code.into(), text.as_bytes());
+        lost.error = error;
+        drop(lost);
+        let _ = timeout(CLOSE_TIMEOUT, endpoint.wait_idle()).await;
+    }
+
+    /// Finds the worker, shows the token and hears its answer.
+    async fn establish(&self) -> Result<Session> {
+        let url = self.url.clone();
+        let addresses = blocking(move || url.resolve()).await?;
+        let verifier = PinnedCertificate::new(self.url.fingerprint());
+        let tls = QuicClientConfig::try_from(verifier.client_config()?)
+            .map_err(|error| Error::other(format!("QUIC needs TLS 1.3: {error}")))?;
+        let mut config = ClientConfig::new(Arc::new(tls));
+        let mut transport = transport();
+        transport.receive_window(VarInt::from_u32(SESSION_WINDOW));
+        config.transport_config(Arc::new(transport));
+
+        let mut attempts = JoinSet::new();
+        for address in addresses.into_iter().take(MAX_ADDRESSES) {
+            attempts.spawn(handshake(address, config.clone()));
+        }
+        let mut failure = None;
+        while let Some(attempt) = attempts.join_next().await {
+            match attempt {
+                Ok(Ok((endpoint, connection))) => {
+                    return self.introduce(endpoint, connection).await;
+                }
+                Ok(Err(error)) => failure = Some(error),
+                Err(_) => {}
+            }
+        }
+        let name = self.url.name();
+        Err(match (verifier.stranger(), failure) {
+            (Some(stranger), _) => Error::remote(format!(
+                "the worker {name} has another certificate ({stranger}) than its URL says: it was \
+                 set up anew or is not the one you mean; take the URL that it prints now"
+            )),
+            (None, Some(Ending::Lost(error))) => self.explain_handshake(&error),
+            (None, Some(Ending::Fault(error))) => error.context(name),
+            (None, Some(Ending::Finished) | None) => {
+                Error::remote(format!("the worker {name} cannot be reached"))
+            }
+        })
+    }
+
+    async fn introduce(
+        &self,
+        endpoint: Endpoint,
+        connection: quinn::Connection,
+    ) -> Result<Session> {
+        let exchange = async {
+            let (mut send, mut receive) = connection.open_bi().await?;
+            // A stream that is open cannot refuse a priority.
+            let _ = send.set_priority(FRAME_PRIORITY);
+            send.write_all(&self.hello.encode(self.url.token())).await?;
+            let mut header = [0; ANSWER_HEADER_BYTES];
+            receive.read_exact(&mut header).await?;
+            let (status, len) = Answer::decode_header(&header)?;
+            let mut text = vec![0; len];
+            receive.read_exact(&mut text).await?;
+            let answer = Answer::new(status, readable(&text));
+            Ok((answer, send, receive))
+        };
+        let name = self.url.name();
+        let (answer, send, receive) = exchange.await.map_err(|ending| match ending {
+            Ending::Lost(error) => explain(&name, &error),
+            Ending::Fault(error) => error.context(&name),
+            Ending::Finished => Error::remote(format!("the worker {name} gave no answer")),
+        })?;
+        let greeting = answer.accept().map_err(|error| error.context(&name));
+        if greeting.is_err() {
+            connection.close(Code::Done.into(), b"");
+            let _ = timeout(CLOSE_TIMEOUT, endpoint.wait_idle()).await;
+        }
+        Ok(Session { greeting: greeting?, endpoint, connection, send, receive })
+    }
+
+    /// Moves bytes until something ends.
+    async fn drive(
+        &self,
+        end: &Arc<dyn ClientEnd>,
+        connection: &quinn::Connection,
+        mut send: SendStream,
+        mut receive_stream: RecvStream,
+    ) -> Ending {
+        let frames_up = async {
+            match self.send_frames(&**end, &mut send).await {
+                // All was said: what ends now is the worker's side.
+                Ok(()) => std::future::pending().await,
+                Err(ending) => ending,
+            }
+        };
+        let frames_down = async {
+            loop {
+                let frame = receive(&mut receive_stream, MAX_FRAME_BYTES, "frame").await;
+                let received = frame.and_then(|frame| Ok(end.received(&frame)?));
+                if let Err(ending) = received {
+                    return ending;
+                }
+            }
+        };
+        let flushed = async {
+            self.shared.closing.notified().await;
+            tokio::time::sleep(FLUSH_TIMEOUT).await;
+        };
+        tokio::select! {
+            biased; // What has arrived is heard before the connection's end.
+            ending = frames_down => ending,
+            ending = frames_up => ending,
+            ending = self.send_bulk(end, connection) => ending,
+            error = connection.closed() => Ending::Lost(error),
+            () = flushed => Ending::Finished,
+        }
+    }
+
+    async fn send_frames(&self, end: &dyn ClientEnd, send: &mut SendStream) -> Step<()> {
+        loop {
+            let is_closing = self.shared.is_closing.load(Ordering::Acquire);
+            self.shared.wake.looks_for_frames();
+            while let Some(frame) = end.next_frame() {
+                send_frame(send, frame).await?;
+            }
+            if is_closing {
+                // Closed already only if the connection is.
+                let _ = send.finish();
+                return Ok(());
+            }
+            self.shared.wake.frames.notified().await;
+        }
+    }
+
+    async fn send_bulk(&self, end: &Arc<dyn ClientEnd>, connection: &quinn::Connection) -> Ending {
+        let staging = Arc::new(Staging::default());
+        let mut running = JoinSet::new();
+        loop {
+            self.shared.wake.looks_for_bulk();
+            while running.len() < BULK_STREAMS as usize
+                && let Some(source) = end.next_bulk()
+            {
+                running.spawn(send_one_bulk(connection.clone(), source, Arc::clone(&staging)));
+            }
+            tokio::select! {
+                Some(sent) = running.join_next() => match sent {
+                    Ok(Ok(())) => {}
+                    Ok(Err(ending)) => return ending,
+                    Err(_) => return Error::remote("internal error in a transfer").into(),
+                },
+                () = self.shared.wake.bulk.notified() => {}
+            }
+        }
+    }
+
+    fn explain_handshake(&self, error: &ConnectionError) -> Error {
+        let name = self.url.name();
+        match error {
+            ConnectionError::TimedOut => Error::remote(format!(
+                "the worker {name} does not answer: is `tiny-sd worker` running there, and does \
+                 its firewall let UDP port {} in?",
+                self.url.port()
+            )),
+            error => explain(&name, error),
+        }
+    }
+}
+
+async fn handshake(
+    address: SocketAddr,
+    config: ClientConfig,
+) -> Step<(Endpoint, quinn::Connection)> {
+    let any = match address {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    let unreachable = |error: String| Error::remote(format!("{address} is out of reach: {error}"));
+    let endpoint = endpoint(any, None, MAX_MTU).map_err(|error| unreachable(error.to_string()))?;
+    let connecting = endpoint.connect_with(config, address, SERVER_NAME);
+    let connection = connecting.map_err(|error| unreachable(error.to_string()))?.await?;
+    Ok((endpoint, connection))
+}
+
+/// While one buffer is on its way the next is filled, by a thread that may wait for the disk.
+async fn send_one_bulk(
+    connection: quinn::Connection,
+    source: BulkSource,
+    staging: Arc<Staging>,
+) -> Step<()> {
+    let BulkSource { header, len, mut read } = source;
+    if header.len() > MAX_BULK_HEADER_BYTES {
+        return Err(Error::remote(format!("a header of {} bytes", header.len())).into());
+    }
+    let mut stream = connection.open_uni().await?;
+    stream.write_all(&(header.len() as u32).to_le_bytes()).await?;
+    stream.write_all(&header).await?;
+    let (mut sent, mut ready) = (0u64, None::<(Vec<u8>, usize)>);
+    loop {
+        let mut buffer = staging.take();
+        let filling = blocking(move || {
+            let filled = fill(&mut *read, &mut buffer)?;
+            Ok((read, buffer, filled))
+        });
+        let writing = async {
+            if let Some((buffer, filled)) = ready.take() {
+                let bytes = buffer.get(..filled).unwrap_or_default();
+                stream.write_all(bytes).await?;
+                staging.give(buffer);
+            }
+            Ok::<_, Ending>(())
+        };
+        let (filled, written) = tokio::join!(filling, writing);
+        written?;
+        let (next_read, buffer, filled) = filled?;
+        read = next_read;
+        if filled == 0 {
+            staging.give(buffer);
+            break;
+        }
+        sent = sent.saturating_add(filled as u64);
+        ready = Some((buffer, filled));
+    }
+    if sent != len {
+        return Err(Error::remote(format!("a transfer of {len} bytes had {sent}")).into());
+    }
+    // Closed already only if the connection is.
+    let _ = stream.finish();
+    Ok(())
+}
+
+/// Fills the buffer, or less only at the end.
+fn fill(
+    read: &mut (dyn FnMut(&mut [u8]) -> Result<usize> + Send),
+    buffer: &mut [u8],
+) -> Result<usize> {
+    let mut filled = 0;
+    while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match read(rest)? {
+            0 => break,
+            count => filled += count.min(rest.len()),
+        }
+    }
+    Ok(filled)
+}
+
+/// A lost connection as a line for the user.
+fn explain(name: &str, error: &ConnectionError) -> Error {
+    let text = match error {
+        ConnectionError::TimedOut => format!(
+            "the worker {name} was not heard from for {} s: check that it still runs and that the \
+             network is up, then run the command again",
+            IDLE_TIMEOUT.as_secs()
+        ),
+        ConnectionError::ApplicationClosed(close) => {
+            format!("the worker {name} ended the session: {}", readable(&close.reason))
+        }
+        ConnectionError::ConnectionClosed(close)
+            if close.error_code == quinn::TransportErrorCode::CONNECTION_REFUSED =>
+        {
+            format!("the worker {name} takes no connections just now: try again in a minute")
+        }
+        ConnectionError::ConnectionClosed(_)
+        | ConnectionError::VersionMismatch
+        | ConnectionError::TransportError(_)
+        | ConnectionError::Reset
+        | ConnectionError::LocallyClosed
+        | ConnectionError::CidsExhausted => {
+            let error = readable(error.to_string().as_bytes());
+            format!("the connection to the worker {name} failed: {error}; run the command again")
+        }
+    };
+    Error::remote(text)
+}

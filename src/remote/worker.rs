@@ -1,0 +1,307 @@
+//! A worker: the device and the weights that its sessions share, and each session's end of the
+//! network. Separate from the executor, which knows no threads: here frames are queued, one thread
+//! for each session runs them, and whoever waits is told when the client is gone.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use candle_core::DType;
+
+use super::executor::{Arrivals, Executor, Limits};
+use super::library::{Library, Weights};
+use super::message::{Message, Numbering, Outbox, Reply, decode_frame};
+use super::op::{Id, Op};
+use super::transport::{BulkSink, Waker, WorkerEnd};
+use super::wire::{Reader, Wire, malformed};
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+
+/// Frames that wait to be run before the network stops reading.
+const MAX_QUEUED_FRAMES: usize = 64;
+/// Bytes of replies that wait to be sent before ops wait too.
+const MAX_REPLY_BYTES: usize = 8 << 20;
+/// How long an op waits for bytes that were announced to come.
+const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// What all sessions of a worker share.
+pub struct Worker<B: Backend> {
+    device: B::Device,
+    weights: Arc<Weights<B>>,
+    limits: Limits,
+}
+
+impl<B: Backend> Worker<B> {
+    /// A worker on `device`; each session may use `limits`, and the buffers made of weights
+    /// `weights_bytes` together.
+    pub fn new(device: B::Device, limits: Limits, weights_bytes: u64) -> Self {
+        Self { device, weights: Arc::new(Weights::new(weights_bytes)), limits }
+    }
+
+    /// Begins a session that finds its weights in `library`; `waker` is called when it has
+    /// something to say.
+    ///
+    /// # Errors
+    /// If its thread cannot be started.
+    pub fn session(&self, library: Arc<dyn Library>, waker: Waker) -> Result<Arc<dyn WorkerEnd>> {
+        let transfers = Arc::new(Transfers::new(self.limits.memory_bytes));
+        let executor = Executor::<B>::new(
+            self.device.clone(),
+            self.weights.clone(),
+            library.clone(),
+            transfers.clone(),
+            self.limits,
+        );
+        let session = Arc::new(Session {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            waker,
+            library,
+            transfers,
+        });
+        let running = session.clone();
+        std::thread::Builder::new()
+            .name("session".into())
+            .spawn(move || running.run(executor))
+            .map_err(|error| Error::other(format!("no thread for the session: {error}")))?;
+        Ok(session)
+    }
+}
+
+/// One session's end of the network.
+struct Session {
+    state: Mutex<State>,
+    /// Something was queued, run, sent, or the client is gone.
+    changed: Condvar,
+    waker: Waker,
+    library: Arc<dyn Library>,
+    transfers: Arc<Transfers>,
+}
+
+#[derive(Default)]
+struct State {
+    numbering: Numbering,
+    queue: VecDeque<Vec<(Id, Message)>>,
+    replies: Outbox,
+    is_over: bool,
+}
+
+impl Session {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs what comes until the client is gone. Dropping the executor frees its memory.
+    fn run<B: Backend>(&self, mut executor: Executor<B>) {
+        while let Some(messages) = self.next(&mut executor) {
+            for (id, message) in messages {
+                // Not in one expression with what follows: the lock must be gone by then.
+                let is_over = self.lock().is_over;
+                if is_over {
+                    break;
+                }
+                let ran = executor.run(id, message, &mut |reply| self.reply(&reply));
+                if let Err(error) = ran {
+                    // The client is told why, if it is still there; then nothing more is run.
+                    let _ = self.reply(&Reply::Fatal(error.to_string()));
+                    self.end();
+                }
+            }
+        }
+    }
+
+    /// The next frame's messages; `None` when the session is over.
+    fn next<B: Backend>(&self, executor: &mut Executor<B>) -> Option<Vec<(Id, Message)>> {
+        let mut state = self.lock();
+        let started = Instant::now();
+        while !state.is_over {
+            if let Some(messages) = state.queue.pop_front() {
+                executor.idled(started.elapsed());
+                self.changed.notify_all();
+                return Some(messages);
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        None
+    }
+
+    fn reply(&self, reply: &Reply) -> Result<()> {
+        let mut state = self.lock();
+        while !state.is_over && state.replies.bytes() > MAX_REPLY_BYTES {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.replies.push(|out| reply.put(out));
+        drop(state);
+        (self.waker)();
+        Ok(())
+    }
+
+    fn end(&self) {
+        let mut state = self.lock();
+        state.is_over = true;
+        state.queue.clear();
+        self.changed.notify_all();
+    }
+}
+
+impl WorkerEnd for Session {
+    fn received(&self, frame: Vec<u8>) -> Result<()> {
+        let mut state = self.lock();
+        let messages = decode_frame(&frame, &mut state.numbering)?;
+        while !state.is_over && state.queue.len() >= MAX_QUEUED_FRAMES {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if !state.is_over {
+            state.queue.push_back(messages);
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    fn bulk(&self, header: &[u8]) -> Result<Box<dyn BulkSink>> {
+        let mut input = Reader::new(header);
+        let op = Op::get(&mut input)?;
+        if !input.is_empty() {
+            return Err(malformed("has something behind a bulk header"));
+        }
+        match op {
+            Op::Received { transfer, dtype, len } => {
+                Transfers::begin(&self.transfers, transfer, dtype, len)
+            }
+            Op::Weight { digest, dtype, dims } => self.library.receive(digest, dtype, &dims),
+            other => Err(malformed(&format!("sends {} in bulk", other.name()))),
+        }
+    }
+
+    fn next_frame(&self) -> Option<Vec<u8>> {
+        let frame = self.lock().replies.take();
+        self.changed.notify_all();
+        frame
+    }
+
+    fn lost(&self) {
+        self.end();
+        self.library.end();
+        self.transfers.end();
+    }
+}
+
+/// Large host tensors on their way into one session.
+struct Transfers {
+    state: Mutex<Arriving>,
+    changed: Condvar,
+    max_bytes: u64,
+}
+
+#[derive(Default)]
+struct Arriving {
+    whole: HashMap<u64, Vec<u8>>,
+    /// Bytes of those that are whole and of those that are coming.
+    bytes: u64,
+    failure: Option<Error>,
+}
+
+impl Transfers {
+    fn new(max_bytes: u64) -> Self {
+        Self { state: Mutex::default(), changed: Condvar::new(), max_bytes }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Arriving> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(
+        this: &Arc<Self>,
+        transfer: u64,
+        dtype: DType,
+        len: usize,
+    ) -> Result<Box<dyn BulkSink>> {
+        let bytes = len.checked_mul(dtype.size_in_bytes()).map(|bytes| bytes as u64);
+        let mut state = this.lock();
+        let total = bytes.and_then(|bytes| state.bytes.checked_add(bytes));
+        match (bytes, total) {
+            (Some(bytes), Some(total)) if total <= this.max_bytes => {
+                state.bytes = total;
+                let (transfers, received) = (this.clone(), Vec::new());
+                Ok(Box::new(Incoming { transfers, transfer, bytes, received, is_whole: false }))
+            }
+            _ => Err(Error::other(format!(
+                "out of memory: {len} elements are more than the session's {} bytes \
+                 (worker --session-memory)",
+                this.max_bytes
+            ))),
+        }
+    }
+
+    fn fail(&self, error: Error) {
+        self.lock().failure.get_or_insert(error);
+        self.changed.notify_all();
+    }
+
+    fn end(&self) {
+        self.fail(Error::remote("the client is gone"));
+    }
+}
+
+impl Arrivals for Transfers {
+    fn take(&self, transfer: u64) -> Result<Vec<u8>> {
+        let waits =
+            |state: &mut Arriving| state.failure.is_none() && !state.whole.contains_key(&transfer);
+        let (mut state, _) = self
+            .changed
+            .wait_timeout_while(self.lock(), ARRIVAL_TIMEOUT, waits)
+            .unwrap_or_else(PoisonError::into_inner);
+        match (state.whole.remove(&transfer), &state.failure) {
+            (Some(bytes), _) => {
+                state.bytes -= bytes.len() as u64;
+                Ok(bytes)
+            }
+            (None, Some(failure)) => Err(failure.clone()),
+            (None, None) => Err(Error::other(format!(
+                "transfer {transfer} did not come within {} s",
+                ARRIVAL_TIMEOUT.as_secs()
+            ))),
+        }
+    }
+}
+
+/// One transfer that is coming. Memory grows as bytes arrive, not as they are announced.
+struct Incoming {
+    transfers: Arc<Transfers>,
+    transfer: u64,
+    bytes: u64,
+    received: Vec<u8>,
+    is_whole: bool,
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        if !self.is_whole {
+            self.transfers.fail(Error::remote("a transfer broke off"));
+        }
+    }
+}
+
+impl BulkSink for Incoming {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        if (self.received.len() + bytes.len()) as u64 > self.bytes {
+            return Err(malformed("sends more bytes than it announced"));
+        }
+        self.received.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn finish(mut self: Box<Self>) -> Result<()> {
+        if self.received.len() as u64 != self.bytes {
+            return Err(malformed("sends fewer bytes than it announced"));
+        }
+        self.is_whole = true;
+        let mut state = self.transfers.lock();
+        // What was there under the same number is not counted any more.
+        if let Some(old) = state.whole.insert(self.transfer, std::mem::take(&mut self.received)) {
+            state.bytes -= old.len() as u64;
+        }
+        self.transfers.changed.notify_all();
+        Ok(())
+    }
+}
