@@ -21,6 +21,7 @@
 //! `ARCHITECTURE.md` says why, and what must not exist.
 
 pub mod backend;
+pub mod cli;
 pub mod error;
 pub mod image;
 pub mod model;

@@ -1,0 +1,167 @@
+//! The flags as clap sees them, and the help. Separate from what they mean: adding a flag is one
+//! field here and one line in `job.rs`.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Parser};
+
+use super::device::DeviceSpec;
+use super::model::{HubName, ModelSource};
+use super::values::{Count, DtypeChoice, GuidanceScale, Side, Steps};
+use crate::schedule::SchedulerKind;
+
+/// The command line, each value parsed on its own.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tiny-sd",
+    version,
+    about = "Makes pictures from prompts with Stable Diffusion.",
+    after_help = "tiny-sd --help says more, with an example for every flag.",
+    after_long_help = AFTER_LONG_HELP,
+    override_usage = "tiny-sd [OPTIONS] PROMPT\n       tiny-sd [OPTIONS] -- PROMPT",
+    disable_help_subcommand = true
+)]
+pub(super) struct Args {
+    /// What the picture shows; - reads it from standard input
+    ///
+    /// One argument: quote it if it has spaces. `--prompt TEXT` and `-- PROMPT` take any text,
+    /// also one that looks like a flag or a command. Without a prompt, standard input is read
+    /// unless it is a terminal.
+    #[arg(value_name = "PROMPT")]
+    pub words: Vec<String>,
+
+    /// What stands after `--` is always a prompt.
+    #[arg(last = true, hide = true)]
+    pub after_dashes: Vec<String>,
+
+    /// The prompt, as a flag: any text
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub prompt: Option<String>,
+
+    /// What the picture should not show
+    #[arg(short, long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    #[arg(allow_hyphen_values = true)]
+    pub negative_prompt: String,
+
+    /// Where the picture goes: a .png file, a folder, or - for standard output
+    ///
+    /// {seed} and {index} (from 1) in the name are filled in; with --count above 1 and neither,
+    /// -INDEX goes before the suffix. A plain name is overwritten; a default, numbered or
+    /// filled-in name never is: -1, -2, … is appended instead. [default: tiny-sd-SEED.png]
+    #[arg(short, long, value_name = "PATH")]
+    pub output: Option<PathBuf>,
+
+    /// A Hugging Face repository (org/name) or a folder in diffusers layout
+    #[arg(short, long, value_name = "REPO|DIR", default_value = "segmind/tiny-sd")]
+    pub model: ModelSource,
+
+    /// Branch, tag or commit of the repository [default: main]
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<HubName>,
+
+    /// Weights to prefer where a model has several, such as fp16
+    #[arg(long, value_name = "NAME")]
+    pub variant: Option<HubName>,
+
+    /// Use only what has been downloaded before
+    #[arg(long)]
+    pub offline: bool,
+
+    /// Seed of the noise; the same seed gives the same picture [default: random, and printed]
+    #[arg(short, long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(value_parser = parse_seed)]
+    pub seed: Option<u64>,
+
+    /// Denoising steps, 1 to 1000
+    #[arg(long, value_name = "N", default_value = "25", allow_negative_numbers = true)]
+    pub steps: Steps,
+
+    /// How strongly the prompt rules, 0 to 1000; at 1 or less the negative prompt is unused
+    #[arg(short, long, value_name = "X", default_value = "7.5", allow_negative_numbers = true)]
+    pub guidance_scale: GuidanceScale,
+
+    /// Width in pixels, a multiple of 8 up to 4096 [default: the model's own]
+    #[arg(short = 'W', long, value_name = "PIXELS", allow_negative_numbers = true)]
+    pub width: Option<Side>,
+
+    /// Height in pixels, a multiple of 8 up to 4096 [default: the model's own]
+    #[arg(short = 'H', long, value_name = "PIXELS", allow_negative_numbers = true)]
+    pub height: Option<Side>,
+
+    /// dpm++2m, ddim, pndm, euler or euler-a [default: the model's own]
+    #[arg(long, value_name = "NAME", value_parser = SchedulerKind::parse)]
+    pub scheduler: Option<SchedulerKind>,
+
+    /// Number type of the computation: auto, f32, f16 or bf16
+    #[arg(long, value_name = "TYPE", default_value = "auto")]
+    pub dtype: DtypeChoice,
+
+    /// Where it is computed: auto, cpu, quic://… of a worker, @FILE with such a URL, or mock
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: DeviceSpec,
+
+    /// Threads of the CPU [default: one per core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+
+    /// Number of pictures, 1 to 10000, with seeds N, N+1, …
+    #[arg(long, value_name = "N", default_value = "1", allow_negative_numbers = true)]
+    pub count: Count,
+
+    /// Print nothing but errors
+    #[arg(short, long, action = ArgAction::SetTrue, conflicts_with = "verbose")]
+    pub quiet: bool,
+
+    /// Print what a remote device did: ops, bytes, round trips, time
+    #[arg(long)]
+    pub stats: bool,
+
+    /// Print the settings and how long each stage took
+    #[arg(short, long, action = ArgAction::SetTrue)]
+    pub verbose: bool,
+}
+
+fn parse_seed(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| {
+        format!("a seed is a whole number from 0 to {}; for a random one leave it out", u64::MAX)
+    })
+}
+
+const AFTER_LONG_HELP: &str = "\
+Examples:
+  tiny-sd \"Portrait of a pretty girl\" -o girl.png
+  tiny-sd --prompt \"--- a dashed line\"           any text as a prompt
+  tiny-sd -- help                                the prompt \"help\"
+  echo \"a red fox\" | tiny-sd -                   the prompt from standard input
+  tiny-sd \"a fox\" -n \"blurry, text\"              --negative-prompt
+  tiny-sd \"a fox\" -o - | display                 --output to a pipe
+  tiny-sd \"a fox\" -o \"fox-{seed}.png\"            --output with the seed in its name
+  tiny-sd \"a fox\" -m ./my-model                  --model from a folder
+  tiny-sd \"a fox\" -m org/name --revision v1.0    --model from the hub, a certain --revision
+  tiny-sd \"a fox\" --variant fp16                 the files named .fp16.
+  tiny-sd \"a fox\" --offline                      no network
+  tiny-sd \"a fox\" -s 42                          --seed
+  tiny-sd \"a fox\" --steps 50
+  tiny-sd \"a fox\" -g 5                           --guidance-scale
+  tiny-sd \"a fox\" -W 768 -H 512                  --width, --height
+  tiny-sd \"a fox\" --scheduler euler-a
+  tiny-sd \"a fox\" --dtype f32 --device cpu --threads 8
+  tiny-sd \"a fox\" -s 7 --count 4 -o fox.png      fox-1.png … fox-4.png with seeds 7 to 10
+  tiny-sd \"a fox\" -q                             --quiet; -v, --verbose says more
+  tiny-sd worker --listen 0.0.0.0:4433 > url.txt  lend this machine (tiny-sd worker --help)
+  tiny-sd \"a fox\" --device @url.txt --stats      --device on that machine; --stats says what it did
+
+Environment:
+  HF_HOME           where downloaded models are kept [default: ~/.cache/huggingface]
+  HF_TOKEN          token for repositories that ask for one
+  HF_ENDPOINT       another hub [default: https://huggingface.co]
+  HF_HUB_OFFLINE    1 is --offline
+  TINY_SD_DEVICE    what --device auto means: cpu, quic://… or @FILE
+
+Exit codes:
+  0    the pictures are written
+  1    anything that is not below, such as an output that cannot be written
+  2    a wrong command line
+  3    a model or its weights
+  4    a remote device or the way to it
+  130  interrupted; no partial file is left";

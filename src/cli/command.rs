@@ -1,0 +1,85 @@
+//! The words that are, or will be, commands. Separate because a prompt may be any word: this is
+//! the one place that decides which lone words are asked about instead of being painted.
+
+use crate::error::{Error, Result};
+
+/// The commands of this version.
+const COMMANDS: [&str; 2] = ["help", "worker"];
+
+/// Words kept for commands that later versions have, so that no script comes to rely on them
+/// being prompts.
+const RESERVED: [&str; 1] = ["compare"];
+
+/// What a lone word on the command line is.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Word {
+    /// A prompt.
+    Prompt,
+    /// `help`.
+    Help,
+}
+
+/// Tells a prompt from a command; `word` is the only positional argument.
+///
+/// # Errors
+/// If it looks like a command but is none: a picture of a typing error helps nobody, and loading
+/// a model for it even less.
+pub(super) fn classify(word: &str) -> Result<Word> {
+    if word == "help" {
+        return Ok(Word::Help);
+    }
+    let as_prompt = format!("if it is a prompt, write --prompt {word}");
+    if RESERVED.contains(&word) {
+        return Err(Error::usage(format!("this version has no command {word:?}; {as_prompt}")));
+    }
+    let lower = word.to_lowercase();
+    let near = |command: &&&str| is_near(&lower, command);
+    if let Some(command) = COMMANDS.iter().find(near) {
+        return Err(Error::usage(format!(
+            "{word:?}: did you mean \"tiny-sd {command}\"? {as_prompt}"
+        )));
+    }
+    if let Some(command) = RESERVED.iter().find(near) {
+        return Err(Error::usage(format!(
+            "{word:?}: did you mean the command \"{command}\", which this version does not have? \
+             {as_prompt}"
+        )));
+    }
+    Ok(Word::Prompt)
+}
+
+/// One letter too many, too few, wrong, or two swapped: more would ask about honest prompts
+/// ("walker", "flower").
+fn is_near(word: &str, command: &str) -> bool {
+    let (a, b): (Vec<char>, Vec<char>) = (word.chars().collect(), command.chars().collect());
+    let same_start = a.iter().zip(&b).take_while(|(a, b)| a == b).count();
+    let (a, b) = (a.split_at(same_start).1, b.split_at(same_start).1);
+    match (a, b) {
+        ([], []) => true,
+        ([_, rest_a @ ..], [_, rest_b @ ..]) if rest_a == rest_b => true,
+        ([_, rest @ ..], other) | (other, [_, rest @ ..]) if rest == other => true,
+        ([a0, a1, rest_a @ ..], [b0, b1, rest_b @ ..]) => a0 == b1 && a1 == b0 && rest_a == rest_b,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lone_word_near_a_command_is_asked_about_and_any_other_is_a_prompt() {
+        for word in ["wroker", "worke", "workers", "Worker", "wrker", "compere", "comapre", "hlep"]
+        {
+            let message = classify(word).unwrap_err().to_string();
+            assert!(message.contains("did you mean"), "{message}");
+            assert!(message.contains(&format!("--prompt {word}")), "{message}");
+        }
+        let message = classify("compare").unwrap_err().to_string();
+        assert!(message.contains("no command"), "{message}");
+        for word in ["fox", "flower", "walker", "helper", "", "é", "w", "re", "compass"] {
+            assert_eq!(classify(word).unwrap(), Word::Prompt, "{word}");
+        }
+        assert_eq!(classify("help").unwrap(), Word::Help);
+    }
+}

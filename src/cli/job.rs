@@ -1,0 +1,448 @@
+//! What the user asked for, checked: everything that can be known to be wrong without loading a
+//! model is wrong here. Separate from running it, and free of effects: what a command line means
+//! beside its own text comes in through [`Surroundings`].
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use clap::Parser;
+
+use super::args::Args;
+use super::command::{self, Word};
+use super::device::DeviceSpec;
+use super::model::{HubName, ModelSource};
+use super::output::OutputPlan;
+use super::values::{Count, DtypeChoice, GuidanceScale, SizeRequest, Steps, Verbosity};
+use super::worker::{self, WorkerJob};
+use crate::error::{Error, Result};
+use crate::schedule::SchedulerKind;
+
+/// The longest prompt; a model reads 77 tokens of it, and the whole of it is recorded.
+pub const MAX_PROMPT_BYTES: usize = 64 << 10;
+
+/// Pictures to make, and how.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Job {
+    /// What the pictures show.
+    pub prompt: String,
+    /// What they should not show; empty for nothing.
+    pub negative_prompt: String,
+    /// The model.
+    pub model: ModelSource,
+    /// Branch, tag or commit, only with a repository; `None` is `main`.
+    pub revision: Option<HubName>,
+    /// The weights to prefer, such as `fp16`.
+    pub variant: Option<HubName>,
+    /// `--offline`; the environment may say so too.
+    pub offline: bool,
+    /// The first picture's seed; the others follow without overflow.
+    pub seed: u64,
+    /// Denoising steps.
+    pub steps: Steps,
+    /// The weight of classifier-free guidance.
+    pub guidance_scale: GuidanceScale,
+    /// Height and width as far as the user chose them.
+    pub size: SizeRequest,
+    /// The scheduler, if not the model's own.
+    pub scheduler: Option<SchedulerKind>,
+    /// Number type of the computation.
+    pub dtype: DtypeChoice,
+    /// Where it is computed.
+    pub device: DeviceSpec,
+    /// Threads of the CPU; `None` is one per core.
+    pub threads: Option<u16>,
+    /// Number of pictures.
+    pub count: Count,
+    /// Where they go.
+    pub output: OutputPlan,
+    /// How much is said on the way.
+    pub verbosity: Verbosity,
+    /// Whether the device says at the end what it did.
+    pub stats: bool,
+}
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Request {
+    /// Make pictures.
+    Paint(Box<Job>),
+    /// Run a worker.
+    Work(Box<WorkerJob>),
+    /// Help or the version, ready to be printed.
+    Show(clap::Error),
+}
+
+/// What the meaning of a command line depends on beside its text (and whether `--model` is a
+/// folder): looked at, never changed.
+pub trait Surroundings {
+    /// Somebody would have to type the prompt.
+    fn stdin_is_terminal(&self) -> bool;
+    /// Bytes written to standard output would land on a screen.
+    fn stdout_is_terminal(&self) -> bool;
+    /// Standard input to its end, or one byte more than `limit`.
+    ///
+    /// # Errors
+    /// If reading fails.
+    fn read_stdin(&mut self, limit: usize) -> std::io::Result<Vec<u8>>;
+    /// What is at a path.
+    fn at(&self, path: &Path) -> At;
+    /// A seed that nobody can guess and anybody can type.
+    fn random_seed(&mut self) -> u64;
+}
+
+/// What is at a path, symbolic links followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum At {
+    /// Nothing, or nothing that can be seen.
+    Nothing,
+    /// A regular file.
+    File,
+    /// A folder.
+    Folder,
+    /// A device, a pipe or a socket.
+    Device,
+}
+
+/// Parses a command line, the program's name included.
+///
+/// # Errors
+/// One line that names what is wrong: a usage error, or standard input that cannot be read.
+pub fn parse(
+    command_line: impl IntoIterator<Item = OsString>,
+    surroundings: &mut dyn Surroundings,
+) -> Result<Request> {
+    let command_line: Vec<OsString> = command_line.into_iter().collect();
+    if command_line.get(1).is_some_and(|word| word == "worker") {
+        return worker::parse(command_line.into_iter().skip(1).collect());
+    }
+    let args = match Args::try_parse_from(command_line) {
+        Ok(args) => args,
+        Err(error) if !error.use_stderr() => return Ok(Request::Show(error)),
+        Err(error) => return Err(usage(&error)),
+    };
+    if let (None, [], [word]) = (&args.prompt, &*args.after_dashes, &*args.words)
+        && command::classify(word)? == Word::Help
+    {
+        return parse(["tiny-sd", "--help"].map(OsString::from), surroundings);
+    }
+    Ok(Request::Paint(Box::new(job(args, surroundings)?)))
+}
+
+fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result<Job> {
+    let prompt = given_prompt(&mut args)?;
+    check_length("the negative prompt", args.negative_prompt.len())?;
+    if let (Some(revision), ModelSource::Folder(folder)) = (&args.revision, &args.model) {
+        let (revision, folder) = (revision.as_str(), folder.display());
+        return Err(Error::usage(format!(
+            "--revision {revision} is for repositories of the hub; {folder} is a folder"
+        )));
+    }
+    let output = OutputPlan::new(args.output.as_deref(), args.count, surroundings)?;
+    let seed = match args.seed {
+        Some(seed) => seed,
+        None => surroundings.random_seed(),
+    };
+    let last = args.count.get().saturating_sub(1) as u64;
+    if seed.checked_add(last).is_none() {
+        return Err(Error::usage(format!(
+            "--seed {seed} and --count {} go beyond the last seed, {}",
+            args.count.get(),
+            u64::MAX
+        )));
+    }
+    // Last, so that nothing is waited for before an error that was there all along.
+    let prompt = match prompt {
+        Some(prompt) => prompt,
+        None => prompt_of_stdin(surroundings)?,
+    };
+    check_length("the prompt", prompt.len())?;
+    Ok(Job {
+        stats: args.stats,
+        prompt,
+        negative_prompt: args.negative_prompt,
+        model: args.model,
+        revision: args.revision,
+        variant: args.variant,
+        offline: args.offline,
+        seed,
+        steps: args.steps,
+        guidance_scale: args.guidance_scale,
+        size: SizeRequest { height: args.height, width: args.width },
+        scheduler: args.scheduler,
+        dtype: args.dtype,
+        device: args.device,
+        threads: args.threads,
+        count: args.count,
+        output,
+        verbosity: match (args.quiet, args.verbose) {
+            (true, _) => Verbosity::Quiet,
+            (false, true) => Verbosity::Verbose,
+            (false, false) => Verbosity::Normal,
+        },
+    })
+}
+
+/// The prompt on the command line, `None` if it is to be read from standard input.
+///
+/// `-` is standard input only as a plain argument: `--prompt -` and `-- -` are any text.
+fn given_prompt(args: &mut Args) -> Result<Option<String>> {
+    let words = std::mem::take(&mut args.words);
+    let after_dashes = std::mem::take(&mut args.after_dashes);
+    match (args.prompt.take(), &*words, &*after_dashes) {
+        (None, [], []) => Ok(None),
+        (None, [word], []) if word == "-" => Ok(None),
+        (Some(prompt), [], []) => Ok(Some(prompt)),
+        (None, [prompt], []) | (None, [], [prompt]) => Ok(Some(prompt.clone())),
+        (None, words, []) | (None, [], words) => {
+            let shown: String = words.join(" ").chars().take(60).collect();
+            Err(Error::usage(format!(
+                "{} arguments where one prompt is expected; quote it: tiny-sd {shown:?}",
+                words.len()
+            )))
+        }
+        _ => Err(Error::usage("the prompt is given twice; give PROMPT, --prompt or -- PROMPT")),
+    }
+}
+
+fn prompt_of_stdin(surroundings: &mut dyn Surroundings) -> Result<String> {
+    let dash_or_pipe = "the prompt on standard input";
+    if surroundings.stdin_is_terminal() {
+        return Err(Error::usage("no prompt; try: tiny-sd \"Portrait of a pretty girl\""));
+    }
+    let bytes = surroundings
+        .read_stdin(MAX_PROMPT_BYTES)
+        .map_err(|error| Error::other(format!("{dash_or_pipe}: {error}")))?;
+    check_length(dash_or_pipe, bytes.len())?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        Error::usage(format!("{dash_or_pipe} is not UTF-8: byte {at} does not belong there"))
+    })?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text).trim_end_matches(['\r', '\n']);
+    if text.is_empty() {
+        return Err(Error::usage(format!(
+            "{dash_or_pipe} is empty; if it is meant: --prompt \"\""
+        )));
+    }
+    Ok(text.to_owned())
+}
+
+fn check_length(what: &str, bytes: usize) -> Result<()> {
+    if bytes > MAX_PROMPT_BYTES {
+        return Err(Error::usage(format!("{what} is longer than {MAX_PROMPT_BYTES} bytes")));
+    }
+    Ok(())
+}
+
+/// clap's message without the usage that follows it, on one line.
+pub(super) fn usage(error: &clap::Error) -> Error {
+    let text = error.to_string();
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let lines =
+        lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
+    let mut message = String::new();
+    for line in lines {
+        let line = line.strip_prefix("error: ").unwrap_or(line);
+        let separator = match line.strip_prefix("tip: ") {
+            _ if message.is_empty() => "",
+            Some(_) => "; ",
+            None => " ",
+        };
+        message.push_str(separator);
+        message.push_str(line.strip_prefix("tip: ").unwrap_or(line));
+    }
+    Error::usage(format!("{message}; see tiny-sd --help"))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::cli::values::Side;
+    use crate::error::Kind;
+
+    /// Nothing is a terminal, standard input holds `stdin`, `there` exist, random is 7.
+    #[derive(Default)]
+    pub struct Fake {
+        pub stdin: Option<Vec<u8>>,
+        pub stdout_is_terminal: bool,
+        pub there: Vec<(&'static str, At)>,
+    }
+
+    impl Surroundings for Fake {
+        fn stdin_is_terminal(&self) -> bool {
+            self.stdin.is_none()
+        }
+
+        fn stdout_is_terminal(&self) -> bool {
+            self.stdout_is_terminal
+        }
+
+        fn read_stdin(&mut self, limit: usize) -> std::io::Result<Vec<u8>> {
+            let bytes = self.stdin.take().expect("read once, and only where there is something");
+            Ok(bytes.into_iter().take(limit + 1).collect())
+        }
+
+        fn at(&self, path: &Path) -> At {
+            let found = self.there.iter().find(|(name, _)| Path::new(name) == path);
+            found.map_or(At::Nothing, |(_, at)| *at)
+        }
+
+        fn random_seed(&mut self) -> u64 {
+            7
+        }
+    }
+
+    /// Words are separated by `|`.
+    pub fn parse_words(words: &str, surroundings: &mut Fake) -> Result<Request> {
+        let words = words.split('|').filter(|_| !words.is_empty());
+        parse(std::iter::once("tiny-sd").chain(words).map(OsString::from), surroundings)
+    }
+
+    pub fn job_of(words: &str) -> Job {
+        match parse_words(words, &mut Fake::default()) {
+            Ok(Request::Paint(job)) => *job,
+            other => panic!("{words:?} gave {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_prompt_alone_is_a_job_with_the_defaults() {
+        let job = job_of("a fox");
+        let expected = Job {
+            prompt: "a fox".into(),
+            negative_prompt: String::new(),
+            model: ModelSource::Hub("segmind/tiny-sd".into()),
+            revision: None,
+            variant: None,
+            offline: false,
+            seed: 7,
+            steps: "25".parse().unwrap(),
+            guidance_scale: "7.5".parse().unwrap(),
+            size: SizeRequest::default(),
+            scheduler: None,
+            dtype: DtypeChoice::Auto,
+            device: DeviceSpec::Auto,
+            threads: None,
+            count: "1".parse().unwrap(),
+            output: OutputPlan::Fresh("tiny-sd-{seed}.png".into()),
+            verbosity: Verbosity::Normal,
+            stats: false,
+        };
+        assert_eq!(job, expected);
+    }
+
+    #[test]
+    fn each_flag_changes_what_it_names_and_nothing_else() {
+        type Change = fn(&mut Job);
+        let base = job_of("x");
+        let rows: [(&str, Change); 23] = [
+            ("x|-n|", |job| job.negative_prompt = String::new()),
+            ("--prompt|-- a --flag", |job| job.prompt = "-- a --flag".into()),
+            ("--prompt|", |job| job.prompt = String::new()),
+            ("--|worker", |job| job.prompt = "worker".into()),
+            ("x|-n|-text", |job| job.negative_prompt = "-text".into()),
+            ("x|--negative-prompt|b", |job| job.negative_prompt = "b".into()),
+            ("x|-m|./dir", |job| job.model = ModelSource::Folder("./dir".into())),
+            ("x|--model|a/b", |job| job.model = ModelSource::Hub("a/b".into())),
+            ("x|--revision|v1", |job| job.revision = Some("v1".parse().unwrap())),
+            ("x|--variant|fp16", |job| job.variant = Some("fp16".parse().unwrap())),
+            ("--offline|x", |job| job.offline = true),
+            ("x|-s|42", |job| job.seed = 42),
+            ("x|--seed|18446744073709551615", |job| job.seed = u64::MAX),
+            ("x|--steps|1000", |job| job.steps = "1000".parse().unwrap()),
+            ("x|-g|0", |job| job.guidance_scale = "0".parse().unwrap()),
+            ("x|-W|8", |job| job.size.width = "8".parse().ok()),
+            ("x|--height|4096", |job| job.size.height = "4096".parse().ok()),
+            ("x|--scheduler|dpm++2m", |job| {
+                job.scheduler = Some(SchedulerKind::DpmSolverMultistep)
+            }),
+            ("x|--dtype|bf16", |job| job.dtype = DtypeChoice::Bf16),
+            ("x|--device|cpu", |job| job.device = DeviceSpec::Cpu),
+            ("x|--threads|3", |job| job.threads = Some(3)),
+            ("x|-q", |job| job.verbosity = Verbosity::Quiet),
+            ("x|--verbose", |job| job.verbosity = Verbosity::Verbose),
+        ];
+        for (words, change) in rows {
+            let mut expected = base.clone();
+            change(&mut expected);
+            assert_eq!(job_of(words), expected, "{words}");
+        }
+        let size = job_of("x|-W|768").size.or(crate::image::ImageSize { height: 512, width: 512 });
+        assert_eq!(size.to_string(), "768x512");
+        assert_eq!(job_of("x|-H|8").size.height.map(Side::get), Some(8));
+    }
+
+    #[test]
+    fn what_cannot_be_is_a_usage_error_on_one_line_that_names_it() {
+        let long = format!("x|-n|{}", "a".repeat(MAX_PROMPT_BYTES + 1));
+        for (words, expected) in [
+            ("", "no prompt; try: tiny-sd"),
+            (
+                "a|red|fox",
+                "3 arguments where one prompt is expected; quote it: tiny-sd \"a red fox\"",
+            ),
+            ("--|a|fox", "2 arguments where one prompt"),
+            ("a|--prompt|b", "the prompt is given twice"),
+            ("a|--|b", "the prompt is given twice"),
+            ("wroker", "did you mean"),
+            ("x|--stesp|3", "similar argument exists: '--steps'"),
+            ("x|--steps|0", "1 to 1000"),
+            ("x|--steps|1001", "1 to 1000"),
+            ("x|--count|0", "1 to 10000"),
+            ("x|-W|500", "a multiple of 8 from 8 to 4096; 496 and 504 are near"),
+            ("x|-W|0", "a multiple of 8"),
+            ("x|-H|-8", "a multiple of 8"),
+            ("x|-H|4104", "8 to 4096"),
+            ("x|-g|nan", "a number from 0 to 1000"),
+            ("x|-g|inf", "a number from 0 to 1000"),
+            ("x|-g|-1", "a number from 0 to 1000"),
+            ("x|-s|-1", "for a random one leave it out"),
+            ("x|-s|18446744073709551615|--count|2", "beyond the last seed"),
+            ("x|--threads|0", "1..=1024"),
+            ("x|--scheduler|eular", "did you mean euler?"),
+            ("x|--dtype|f64", "one of auto, f32, f16, bf16"),
+            ("x|--device|gpu", "one of auto, cpu"),
+            ("x|-m|nope", "there is no such folder"),
+            ("x|-m|./m|--revision|v1", "--revision v1 is for repositories of the hub"),
+            ("x|--revision|../x", "letters, digits"),
+            ("x|-q|-v", "cannot be used with"),
+            (&long, "the negative prompt is longer than 65536 bytes"),
+        ] {
+            let error = parse_words(words, &mut Fake::default()).unwrap_err();
+            let message = error.to_string();
+            assert_eq!(error.kind(), Kind::Usage, "{message}");
+            assert!(message.contains(expected) && !message.contains('\n'), "{words}: {message}");
+        }
+    }
+
+    #[test]
+    fn standard_input_is_the_prompt_only_where_it_is_asked_for_or_nothing_else_is() {
+        let too_long = vec![b'a'; MAX_PROMPT_BYTES + 1];
+        for (words, stdin, expected) in [
+            ("-", &b"a fox\n"[..], Ok("a fox")),
+            ("", b"\xef\xbb\xbfa\r\nfox\r\n", Ok("a\r\nfox")),
+            ("x", b"not read", Ok("x")),
+            ("--prompt|-", b"not read", Ok("-")),
+            ("--|-", b"not read", Ok("-")),
+            ("", b"", Err("is empty")),
+            ("-", b"\n", Err("is empty")),
+            ("-", b"ab\xff", Err("not UTF-8: byte 2")),
+            ("-", &too_long, Err("longer than 65536 bytes")),
+        ] {
+            let mut fake = Fake { stdin: Some(stdin.to_vec()), ..Fake::default() };
+            match (parse_words(words, &mut fake), expected) {
+                (Ok(Request::Paint(job)), Ok(prompt)) => assert_eq!(job.prompt, prompt),
+                (Err(error), Err(expected)) => assert!(error.to_string().contains(expected)),
+                (parsed, _) => panic!("{words:?} with {stdin:?} gave {parsed:?}"),
+            }
+            assert_eq!(fake.stdin.is_some(), stdin == b"not read");
+        }
+    }
+
+    #[test]
+    fn help_and_version_are_shown_and_not_errors() {
+        for words in ["-h", "--help", "help", "-V", "--version"] {
+            let request = parse_words(words, &mut Fake::default()).unwrap();
+            assert!(matches!(request, Request::Show(_)), "{words}");
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! The command line: arguments become a [`Job`] without effects, and [`run`] carries it out.
+//!
+//! This is the only module that sees the pipeline and the devices at once; it reaches both
+//! through [`Painter`].
+
+mod args;
+mod command;
+mod device;
+mod display;
+mod files;
+mod interrupt;
+mod job;
+mod model;
+mod output;
+mod painter;
+mod remote;
+mod run;
+mod values;
+mod worker;
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::io::{IsTerminal, Read, Write};
+use std::path::Path;
+
+pub use device::DeviceSpec;
+pub use job::{At, Job, MAX_PROMPT_BYTES, Request, Surroundings, parse};
+pub use model::{HubName, ModelSource};
+pub use output::{OutputPlan, Target};
+pub use painter::open;
+pub use run::{OpenPainter, Painter, run};
+pub use values::{Count, DtypeChoice, GuidanceScale, Side, SizeRequest, Steps, Verbosity};
+pub use worker::{WorkerJob, work};
+
+use crate::error::Error;
+
+/// The process's own standard streams, disk and randomness.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Process;
+
+impl Surroundings for Process {
+    fn stdin_is_terminal(&self) -> bool {
+        std::io::stdin().is_terminal()
+    }
+
+    fn stdout_is_terminal(&self) -> bool {
+        std::io::stdout().is_terminal()
+    }
+
+    fn read_stdin(&mut self, limit: usize) -> std::io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let limit = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
+        std::io::stdin().lock().take(limit).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn at(&self, path: &Path) -> At {
+        files::at(path)
+    }
+
+    /// 32 bits, as other tools have them. The keys of std's hash maps come from the operating
+    /// system's randomness, which spares a dependency.
+    fn random_seed(&mut self) -> u64 {
+        RandomState::new().build_hasher().finish() >> 32
+    }
+}
+
+/// Prints help or the version on standard output, in colour where that can show it.
+pub fn show(help: &clap::Error) {
+    // Whoever closes the pipe has read enough.
+    let _ = help.print();
+}
+
+/// Prints an error on standard error, on one line, and says the exit code.
+pub fn report(error: &Error) -> u8 {
+    // Names in it come from files and servers: no line breaks, nothing that steers a terminal.
+    let text = error.to_string().replace(char::is_control, " ");
+    // Not eprintln: a closed standard error is no reason to panic.
+    let _ = writeln!(std::io::stderr(), "error: {text}");
+    error.kind().exit_code()
+}

@@ -1,0 +1,163 @@
+//! What `--model`, `--revision` and `--variant` name. Separate because these names become paths
+//! and addresses: what passes here cannot leave the folder or the repository it is used in.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// Where a model comes from, by the look of its name alone: whether it is there, loading says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelSource {
+    /// A repository on the hub, `org/name`.
+    Hub(String),
+    /// A folder in diffusers layout.
+    Folder(PathBuf),
+}
+
+impl ModelSource {
+    /// The name without organisation or parent folders, as it is recorded in pictures.
+    pub fn short_name(&self) -> String {
+        match self {
+            ModelSource::Hub(repo) => repo.rsplit('/').next().unwrap_or(repo).to_owned(),
+            ModelSource::Folder(path) => {
+                // `.` has no name, what it stands for has.
+                let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+                path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+            }
+        }
+    }
+}
+
+impl fmt::Display for ModelSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ModelSource::Hub(repo) => f.write_str(repo),
+            ModelSource::Folder(path) => path.display().fmt(f),
+        }
+    }
+}
+
+/// A folder if it exists or is written like a path, else a repository if it can be one.
+impl FromStr for ModelSource {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let path = Path::new(text);
+        if path.is_dir() || is_written_like_a_path(text) {
+            return Ok(ModelSource::Folder(path.to_owned()));
+        }
+        if path.is_file() {
+            return Err("it is a file; a model is a folder in diffusers layout, or org/name".into());
+        }
+        match text.split_once('/') {
+            Some((org, name)) if is_repository_part(org) && is_repository_part(name) => {
+                Ok(ModelSource::Hub(text.to_owned()))
+            }
+            _ => Err("there is no such folder, and a repository is written org/name, such as \
+                      segmind/tiny-sd"
+                .into()),
+        }
+    }
+}
+
+fn is_written_like_a_path(text: &str) -> bool {
+    let starts = ["./", "../", "/", "~"].iter().any(|start| text.starts_with(start));
+    starts || text == "." || text == ".." || text.contains('\\')
+}
+
+/// The hub's rule (`validate_repo_id` of huggingface_hub).
+fn is_repository_part(part: &str) -> bool {
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    !part.is_empty()
+        && part.len() <= 96
+        && part.chars().all(is_allowed)
+        && !part.starts_with(['-', '.'])
+        && !part.ends_with(['-', '.'])
+        && !part.contains("..")
+        && !part.contains("--")
+}
+
+/// A revision or a variant: text that is safe as part of a path and of an address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HubName(String);
+
+impl HubName {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for HubName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-_./+@".contains(c);
+        let parts_are_names =
+            text.split('/').all(|part| !part.is_empty() && !part.starts_with('.'));
+        if text.len() <= 255 && text.chars().all(is_allowed) && parts_are_names {
+            Ok(HubName(text.to_owned()))
+        } else {
+            Err("letters, digits and - _ . / + @ only, such as main, v1.0 or fp16".into())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_a_folder_by_its_look_or_a_repository_by_its_name() {
+        let hub = |text: &str| Ok(ModelSource::Hub(text.into()));
+        let folder = |text: &str| Ok(ModelSource::Folder(text.into()));
+        let neither = Err("there is no such folder");
+        for (text, expected) in [
+            ("segmind/tiny-sd", hub("segmind/tiny-sd")),
+            ("a/b.c_d-1", hub("a/b.c_d-1")),
+            ("src", folder("src")),
+            ("src/cli", folder("src/cli")),
+            ("./no/such", folder("./no/such")),
+            ("../no", folder("../no")),
+            ("/no/such/folder", folder("/no/such/folder")),
+            ("~/models/x", folder("~/models/x")),
+            (".", folder(".")),
+            (r"C:\models", folder(r"C:\models")),
+            ("Cargo.toml", Err("it is a file")),
+            ("tiny-sd", neither.clone()),
+            ("a/b/c", neither.clone()),
+            ("a/..", neither.clone()),
+            ("a/b?x", neither.clone()),
+            ("https://huggingface.co/a/b", neither.clone()),
+            ("", neither),
+        ] {
+            match (text.parse::<ModelSource>(), expected) {
+                (Ok(parsed), Ok(expected)) => assert_eq!(parsed, expected, "{text:?}"),
+                (Err(message), Err(expected)) => assert!(message.contains(expected), "{message}"),
+                (parsed, _) => panic!("{text:?} became {parsed:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_short_name_is_what_people_call_the_model() {
+        let here = env!("CARGO_MANIFEST_DIR");
+        let last = Path::new(here).file_name().unwrap().to_str().unwrap();
+        for (text, expected) in
+            [("segmind/tiny-sd", "tiny-sd"), ("./no/such/", "such"), (here, last), (".", last)]
+        {
+            assert_eq!(text.parse::<ModelSource>().unwrap().short_name(), expected);
+        }
+    }
+
+    #[test]
+    fn revisions_and_variants_cannot_leave_their_place() {
+        for text in ["main", "v1.0", "refs/pr/3", "fp16", "ema-only"] {
+            assert_eq!(text.parse::<HubName>().unwrap().as_str(), text);
+        }
+        for text in ["", "..", "../x", "a/../b", "/etc", "a//b", "a b", "a?b", "a#b", "a\\b", "é"]
+        {
+            assert!(text.parse::<HubName>().is_err(), "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! A picture on a worker: the connection, and what is kept as long as it lasts. Separate from the
+//! painter, which does the same on every device.
+
+use std::sync::Arc;
+
+use super::run::Painter;
+use super::worker::start_mock;
+use crate::error::{Error, Result};
+use crate::image::{ImageSize, Picture};
+use crate::pipeline::PictureRequest;
+use crate::progress::Progress;
+use crate::remote::client::Session;
+use crate::remote::device::Device;
+use crate::remote::digests::Digests;
+use crate::remote::hello::Hello;
+use crate::remote::quic::client::{CONNECT_TIMEOUT, Connection, connect};
+use crate::remote::quic::server::Server;
+use crate::remote::trust::Identity;
+use crate::remote::url::{PairingUrl, pairing_urls};
+use crate::remote::{PROTOCOL_VERSION, schema};
+
+/// A connection to a worker. Dropped, it sends what waits and says good-bye.
+pub(super) struct Link {
+    session: Arc<Session>,
+    // Dropped in this order: first the connection, then the worker at its other end.
+    _connection: Connection,
+    _mock: Option<Server>,
+}
+
+impl Link {
+    /// Connects to the worker of `url`.
+    ///
+    /// # Errors
+    /// If it is not there, is not the one that was meant, or refuses.
+    pub fn open(url: &PairingUrl) -> Result<Self> {
+        Self::with(url, None)
+    }
+
+    /// Starts a worker inside of this process and connects to it.
+    ///
+    /// # Errors
+    /// If the loopback network cannot be used.
+    pub fn mock(threads: usize) -> Result<Self> {
+        let identity = Identity::generate()?;
+        let server = start_mock(threads, &identity)?;
+        let urls = pairing_urls(server.local_addr(), &identity);
+        let url = urls.first().ok_or_else(|| Error::other("the worker has no address"))?;
+        Self::with(url, Some(server))
+    }
+
+    fn with(url: &PairingUrl, mock: Option<Server>) -> Result<Self> {
+        let session = Session::new(url.name());
+        let hello = Hello { version: PROTOCOL_VERSION, schema: schema() };
+        let connection = connect(url, session.clone(), hello, CONNECT_TIMEOUT)?;
+        session.set_waker(connection.waker());
+        Ok(Self { session, _connection: connection, _mock: mock })
+    }
+
+    /// The device at the other end.
+    pub fn device(&self) -> Device {
+        match Digests::of_user() {
+            Some(digests) => Device::with_digests(self.session.clone(), digests),
+            None => Device::new(self.session.clone()),
+        }
+    }
+}
+
+/// A painter, and the link that it needs.
+pub(super) struct RemotePainter {
+    // Dropped before the link: its buffers are freed over there.
+    pub painter: Box<dyn Painter>,
+    pub link: Link,
+}
+
+impl Painter for RemotePainter {
+    fn default_size(&self) -> ImageSize {
+        self.painter.default_size()
+    }
+
+    fn sampler(&self) -> &str {
+        self.painter.sampler()
+    }
+
+    fn paint(&mut self, request: &PictureRequest<'_>, progress: &dyn Progress) -> Result<Picture> {
+        self.painter.paint(request, progress)
+    }
+
+    fn statistics(&self) -> Option<String> {
+        let found = self.link.session.statistics();
+        let ms = |us: u64| us / 1000;
+        Some(format!(
+            "worker {}: {} ops there, {} calls sent, {} programs replayed, {} round trips, \
+             {} bytes up, {} bytes of weights up, {} bytes down, busy {} ms, idle {} ms, \
+             memory {} MB",
+            self.link.session.name(),
+            found.worker.ops,
+            found.calls,
+            found.replays,
+            found.round_trips,
+            found.bytes_up,
+            found.bulk_bytes_up,
+            found.bytes_down,
+            ms(found.worker.busy_us),
+            ms(found.worker.idle_us),
+            found.worker.memory_bytes >> 20,
+        ))
+    }
+}
