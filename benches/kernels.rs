@@ -1,0 +1,234 @@
+//! The CPU's kernels on tiny-sd's shapes, beside candle's own op for the same shape:
+//! `cargo bench --bench kernels [-- conv2d]`.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use candle_core::{D, DType, Device as CandleDevice, Tensor as Candle};
+use criterion::{Criterion, criterion_group, criterion_main};
+use tiny_sd::Result;
+use tiny_sd::backend::cpu::{Device, Storage};
+use tiny_sd::backend::{Activation, Attention, Conv2d, GroupNorm, HostTensor, Role};
+use tiny_sd::tensor::Tensor;
+
+type Cpu = Tensor<Storage>;
+
+/// The same numbers here and there.
+fn pair(dims: &[usize], device: &Device) -> Result<(Cpu, Candle)> {
+    let value = |i: usize| ((i * 7919 + 13) % 2003) as f32 / 2003.0 - 0.5;
+    let values: Vec<f32> = (0..dims.iter().product()).map(value).collect();
+    let ours = Tensor::from_slice(&values, dims, device)?;
+    Ok((ours, Candle::from_vec(values, dims, &CandleDevice::Cpu)?))
+}
+
+/// An image as it lies in memory between ops.
+fn image(x: &Cpu) -> Result<Cpu> {
+    x.permute(&[0, 2, 3, 1])?.contiguous()?.permute(&[0, 3, 1, 2])
+}
+
+fn side_by_side<T, U>(
+    criterion: &mut Criterion,
+    name: &str,
+    mut ours: impl FnMut() -> Result<T>,
+    mut candle: impl FnMut() -> candle_core::Result<U>,
+) {
+    let mut group = criterion.benchmark_group(name);
+    group.sample_size(10).warm_up_time(Duration::from_millis(300));
+    group.measurement_time(Duration::from_millis(1000));
+    group.bench_function("ours", |bencher| bencher.iter(|| black_box(ours()).is_ok()));
+    group.bench_function("candle", |bencher| bencher.iter(|| black_box(candle()).is_ok()));
+    group.finish();
+}
+
+fn conv2d(criterion: &mut Criterion, device: &Device) -> Result<()> {
+    let shapes = [
+        // batch, channels, out, side, kernel, stride
+        [2, 320, 320, 64, 3, 1],
+        [2, 640, 640, 32, 3, 1],
+        [2, 1280, 1280, 16, 3, 1],
+        [2, 960, 320, 64, 1, 1],
+        [2, 320, 320, 64, 3, 2],
+        [1, 4, 320, 64, 3, 1],
+        [1, 512, 512, 64, 3, 1],
+        [1, 128, 128, 512, 3, 1],
+        [1, 128, 3, 512, 3, 1],
+    ];
+    for [batch, channels, out, side, kernel, stride] in shapes {
+        let (x, candle) = pair(&[batch, channels, side, side], device)?;
+        let (weight, candle_weight) = pair(&[out, channels, kernel, kernel], device)?;
+        let (x, weight) = (image(&x)?, weight.prepare(Role::Conv2d)?);
+        let op = Conv2d { stride, padding: kernel / 2, upsample: None };
+        let name = format!("conv2d {batch}x{channels}x{side}x{side} to {out} by {kernel}/{stride}");
+        side_by_side(
+            criterion,
+            &name,
+            || x.conv2d(&weight, None, op),
+            || candle.conv2d(&candle_weight, kernel / 2, stride, 1, 1),
+        );
+    }
+    let (x, candle) = pair(&[1, 256, 128, 128], device)?;
+    let (weight, candle_weight) = pair(&[256, 256, 3, 3], device)?;
+    let (x, weight) = (image(&x)?, weight.prepare(Role::Conv2d)?);
+    let upsample = Some(tiny_sd::backend::Size2d { height: 256, width: 256 });
+    let op = Conv2d { stride: 1, padding: 1, upsample };
+    side_by_side(
+        criterion,
+        "conv2d 1x256x128x128 enlarged to 256x256",
+        || x.conv2d(&weight, None, op),
+        || candle.upsample_nearest2d(256, 256)?.conv2d(&candle_weight, 1, 1, 1, 1),
+    );
+    Ok(())
+}
+
+fn attention(criterion: &mut Criterion, device: &Device) -> Result<()> {
+    let shapes = [
+        // batch, queries, keys, heads, head_dim
+        [2, 4096, 4096, 8, 40],
+        [2, 1024, 1024, 8, 80],
+        [2, 4096, 77, 8, 40],
+        [1, 4096, 4096, 1, 512],
+    ];
+    for [batch, queries, keys, heads, head_dim] in shapes {
+        let inner = heads * head_dim;
+        let (query, candle_query) = pair(&[batch, queries, inner], device)?;
+        let (key, candle_key) = pair(&[batch, keys, inner], device)?;
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        let op = Attention { heads, scale, causal: false };
+        let split = |x: &Candle, len| {
+            x.reshape((batch, len, heads, head_dim))?.transpose(1, 2)?.contiguous()
+        };
+        side_by_side(
+            criterion,
+            &format!("attention {batch}x{heads}x{queries}x{keys} of {head_dim}"),
+            || query.attention(&key, &key, op),
+            || {
+                let (query, key) = (split(&candle_query, queries)?, split(&candle_key, keys)?);
+                let scores = (query.matmul(&key.transpose(2, 3)?)? * scale)?;
+                let heads = candle_nn::ops::softmax_last_dim(&scores)?.matmul(&key)?;
+                heads.transpose(1, 2)?.reshape((batch, queries, inner))
+            },
+        );
+    }
+    Ok(())
+}
+
+fn norms(criterion: &mut Criterion, device: &Device) -> Result<()> {
+    for [batch, channels, side] in [[2, 320, 64], [2, 1280, 16], [1, 128, 512]] {
+        let (x, candle) = pair(&[batch, channels, side, side], device)?;
+        let ((weight, candle_weight), x) = (pair(&[channels], device)?, image(&x)?);
+        let op = GroupNorm { groups: 32, eps: 1e-6, silu: true };
+        let norm =
+            candle_nn::GroupNorm::new(candle_weight.clone(), candle_weight, channels, 32, 1e-6)?;
+        side_by_side(
+            criterion,
+            &format!("group_norm and silu {batch}x{channels}x{side}x{side}"),
+            || x.group_norm(&weight, &weight, op),
+            || candle_nn::Module::forward(&norm, &candle)?.silu(),
+        );
+    }
+    let ((x, candle), (weight, candle_weight)) =
+        (pair(&[2, 4096, 320], device)?, pair(&[320], device)?);
+    side_by_side(
+        criterion,
+        "layer_norm 2x4096x320",
+        || x.layer_norm(&weight, &weight, 1e-5),
+        || candle_nn::ops::layer_norm(&candle, &candle_weight, &candle_weight, 1e-5),
+    );
+    Ok(())
+}
+
+fn linear(criterion: &mut Criterion, device: &Device) -> Result<()> {
+    let shapes = [
+        [8192, 320, 2560],
+        [8192, 1280, 320],
+        [2048, 640, 5120],
+        [512, 1280, 1280],
+        [2, 1280, 1280],
+    ];
+    for [rows, inner, out] in shapes {
+        let (x, candle) = pair(&[rows, inner], device)?;
+        let (weight, candle_weight) = pair(&[out, inner], device)?;
+        let weight = weight.prepare(Role::Linear)?;
+        side_by_side(
+            criterion,
+            &format!("linear {rows}x{inner} to {out}"),
+            || x.linear(&weight, None, Activation::Identity),
+            || candle.matmul(&candle_weight.t()?),
+        );
+    }
+    let (x, candle) = pair(&[2, 4096, 2560], device)?;
+    side_by_side(
+        criterion,
+        "geglu 2x4096x2560",
+        || x.geglu(),
+        || {
+            let halves = candle.chunk(2, D::Minus1)?;
+            &halves[0] * halves[1].gelu_erf()?
+        },
+    );
+    Ok(())
+}
+
+/// candle's own elementwise sums on channels-last images, against its sums of plain ones.
+fn sums(criterion: &mut Criterion, device: &Device) -> Result<()> {
+    for [batch, channels, side] in [[2, 320, 64], [1, 128, 512]] {
+        let (x, candle) = pair(&[batch, channels, side, side], device)?;
+        let (bias, candle_bias) = pair(&[batch, channels, 1, 1], device)?;
+        let x = image(&x)?;
+        side_by_side(
+            criterion,
+            &format!("add {batch}x{channels}x{side}x{side}"),
+            || x.add(&x),
+            || &candle + &candle,
+        );
+        side_by_side(
+            criterion,
+            &format!("add {batch}x{channels}x{side}x{side} per channel"),
+            || x.add(&bias),
+            || candle.broadcast_add(&candle_bias),
+        );
+    }
+    Ok(())
+}
+
+/// A weight as tiny-sd's files hold it, half and channels-last; beside it candle's conversion.
+fn loading(criterion: &mut Criterion, device: &Device) -> Result<()> {
+    let dims = [1280, 1280, 3, 3];
+    let (_, candle) = pair(&dims, device)?;
+    let bytes: Vec<u8> = (0..2 * candle.elem_count()).map(|i| (i % 60) as u8).collect();
+    let layout = tiny_sd::backend::order::channels_last(dims);
+    let host = HostTensor::new(DType::F16, layout, std::sync::Arc::new(bytes), 0)?;
+    let candle = candle.to_dtype(DType::F16)?.permute((0, 3, 1, 2))?;
+    side_by_side(
+        criterion,
+        "upload 1280x1280x3x3 f16",
+        || Cpu::upload(&host, DType::F32, device),
+        || candle.to_dtype(DType::F32),
+    );
+    let weight = Cpu::upload(&host, DType::F32, device)?;
+    side_by_side(
+        criterion,
+        "prepare 1280x1280x3x3",
+        || weight.prepare(Role::Conv2d),
+        || candle.contiguous(),
+    );
+    Ok(())
+}
+
+fn all(criterion: &mut Criterion) {
+    let run = |criterion: &mut Criterion| -> Result<()> {
+        let device = Device::with_threads(0)?;
+        conv2d(criterion, &device)?;
+        attention(criterion, &device)?;
+        norms(criterion, &device)?;
+        linear(criterion, &device)?;
+        sums(criterion, &device)?;
+        loading(criterion, &device)
+    };
+    if let Err(error) = run(criterion) {
+        panic!("{error}");
+    }
+}
+
+criterion_group!(benches, all);
+criterion_main!(benches);

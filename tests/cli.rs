@@ -1,0 +1,68 @@
+//! The program as a user starts it: exit codes, what goes to which stream, and help.
+
+use std::process::{Command, Output, Stdio};
+
+/// Runs the program with words separated by `|`, nothing on standard input.
+fn tiny_sd(words: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_tiny-sd"))
+        .args(words.split('|').filter(|_| !words.is_empty()))
+        .env("HF_HUB_OFFLINE", "1")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn errors_are_one_line_on_stderr_with_the_documented_exit_code() {
+    for (words, code, expected) in [
+        ("", 2, "prompt on standard input is empty"),
+        ("wroker", 2, "did you mean"),
+        ("a|red|fox", 2, "quote it: tiny-sd \"a red fox\""),
+        ("x|--stesp|3", 2, "'--steps'"),
+        ("x|-W|100", 2, "96 and 104 are near"),
+        ("x|-o|x.jpg", 2, ".png"),
+        ("x|-o|no/such/folder/x.png", 1, "there is no folder no/such/folder"),
+    ] {
+        let output = tiny_sd(words);
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{words}: {stderr}");
+        assert!(output.stdout.is_empty(), "{words}");
+        assert!(stderr.starts_with("error: ") && stderr.contains(expected), "{words}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{words}: {stderr}");
+    }
+}
+
+#[test]
+fn help_and_version_go_to_stdout_and_succeed() {
+    for words in ["--help", "-h", "help", "--version", "x|-V"] {
+        let output = tiny_sd(words);
+        assert_eq!(output.status.code(), Some(0), "{words}");
+        assert!(output.stderr.is_empty(), "{words}");
+        assert!(text(&output.stdout).contains("tiny-sd"), "{words}");
+    }
+    assert_eq!(tiny_sd("help").stdout, tiny_sd("--help").stdout);
+}
+
+#[test]
+fn help_explains_every_flag_by_example_every_exit_code_and_every_variable() {
+    let output = tiny_sd("--help");
+    let help = text(&output.stdout);
+    let (flags, rest) = help.split_once("Examples:").unwrap();
+    let is_flag = |word: &&str| word.starts_with("--") && word.len() > 2;
+    let long = flags.lines().filter_map(|line| line.split_whitespace().find(is_flag));
+    let long: Vec<_> = long.map(|flag| flag.trim_end_matches(',')).collect();
+    assert!(long.len() >= 19, "{long:?}");
+    for flag in long.iter().filter(|flag| !["--help", "--version"].contains(flag)) {
+        assert!(rest.contains(flag), "no example of {flag}");
+    }
+    for code in ["  0 ", "  1 ", "  2 ", "  3 ", "  4 ", "  130 "] {
+        assert!(rest.contains(code), "exit code {code}");
+    }
+    for variable in ["HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"] {
+        assert!(rest.contains(variable), "{variable}");
+    }
+}

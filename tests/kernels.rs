@@ -1,0 +1,282 @@
+//! The CPU's kernels against the composed definitions, over dtypes, layouts, threads and batches.
+
+use candle_core::DType;
+use tiny_sd::Result;
+use tiny_sd::backend::cpu::{Device, Storage};
+use tiny_sd::backend::{
+    Activation, Attention, Conv2d, Fused, GroupNorm, LayerNorm, Linear, Role, Size2d,
+};
+use tiny_sd::tensor::{Tensor, reference};
+
+use crate::numbers::{LIES, Lie, Random, distance, tensor, values};
+
+type Cpu = Tensor<Storage>;
+type Case = (Fused, Vec<Vec<usize>>);
+
+fn conv(stride: usize, padding: usize, upsample: Option<(usize, usize)>) -> Fused {
+    let upsample = upsample.map(|(height, width)| Size2d { height, width });
+    Fused::Conv2d(Conv2d { stride, padding, upsample })
+}
+
+fn linear(activation: Activation) -> Fused {
+    Fused::Linear(Linear { activation })
+}
+
+fn attention(heads: usize, causal: bool) -> Fused {
+    Fused::Attention(Attention { heads, scale: 0.3, causal })
+}
+
+/// Every op with shapes that are odd, tiny, or just beyond a tile.
+fn cases() -> Vec<Case> {
+    let case = |op: Fused, shapes: &[&[usize]]| (op, shapes.iter().map(|s| s.to_vec()).collect());
+    let norm = |groups, silu| Fused::GroupNorm(GroupNorm { groups, eps: 1e-5, silu });
+    vec![
+        case(conv(1, 1, None), &[&[2, 5, 7, 9], &[6, 5, 3, 3], &[6]]),
+        case(conv(1, 1, None), &[&[1, 64, 14, 13], &[49, 64, 3, 3], &[49]]),
+        case(conv(2, 1, None), &[&[2, 4, 9, 8], &[33, 4, 3, 3], &[33]]),
+        case(conv(1, 0, None), &[&[2, 17, 5, 6], &[40, 17, 1, 1]]),
+        case(conv(1, 1, Some((8, 6))), &[&[2, 3, 4, 3], &[5, 3, 3, 3], &[5]]),
+        case(conv(1, 1, Some((7, 5))), &[&[1, 3, 3, 4], &[5, 3, 3, 3], &[5]]),
+        case(conv(3, 2, None), &[&[1, 3, 11, 10], &[4, 3, 5, 2], &[4]]),
+        case(norm(3, false), &[&[2, 6, 5, 7], &[6], &[6]]),
+        case(norm(8, true), &[&[2, 32, 33, 37], &[32], &[32]]),
+        case(Fused::LayerNorm(LayerNorm { eps: 1e-5 }), &[&[2, 3, 37], &[37], &[37]]),
+        case(Fused::LayerNorm(LayerNorm { eps: 1e-5 }), &[&[5, 768], &[768], &[768]]),
+        case(attention(2, false), &[&[2, 5, 6], &[2, 9, 6], &[2, 9, 6]]),
+        case(attention(2, true), &[&[2, 77, 80], &[2, 77, 80], &[2, 77, 80]]),
+        case(attention(1, true), &[&[1, 450, 8], &[1, 450, 8], &[1, 450, 8]]),
+        case(attention(3, false), &[&[1, 130, 120], &[1, 800, 120], &[1, 800, 120]]),
+        case(attention(1, false), &[&[1, 40, 512], &[1, 40, 512], &[1, 40, 512]]),
+        case(linear(Activation::Identity), &[&[2, 3, 37], &[50, 37], &[50]]),
+        case(linear(Activation::Silu), &[&[5, 400], &[16, 400], &[16]]),
+        case(linear(Activation::QuickGelu), &[&[2, 200, 31], &[33, 31]]),
+        case(linear(Activation::Gelu), &[&[3, 31], &[400, 31], &[400]]),
+        case(Fused::Geglu, &[&[2, 5, 38]]),
+        case(Fused::LinearCombination(vec![0.5, -2.0, 3e-3]), &[&[2, 4, 5, 6][..]; 3]),
+        case(Fused::Cat { dim: 1 }, &[&[2, 3, 4, 5], &[2, 7, 4, 5], &[2, 1, 4, 5]]),
+        case(Fused::Cat { dim: 0 }, &[&[2, 30, 4], &[3, 30, 4]]),
+        case(Fused::Cat { dim: 2 }, &[&[2, 5, 4], &[2, 5, 9]]),
+        case(Fused::Pixels, &[&[2, 3, 5, 7]]),
+    ]
+}
+
+/// Whether `found` is what the definition gives for contiguous copies of the operands.
+fn check(op: &Fused, args: &[Cpu], found: &Cpu, what: &str) -> Result<()> {
+    let plain: Vec<Cpu> = args
+        .iter()
+        .map(|x| Tensor::from_slice(&values(x)?, x.dims(), x.device())?.to_dtype(x.dtype()))
+        .collect::<Result<_>>()?;
+    let expected = reference::fused(op, &plain.iter().collect::<Vec<_>>())?;
+    assert_eq!((found.dims(), found.dtype()), (expected.dims(), expected.dtype()));
+    let tolerance = match expected.dtype() {
+        DType::F16 => 1.1e-3,
+        DType::BF16 => 9e-3,
+        _ => 1e-5,
+    };
+    // One unit of a byte: the definition may round the other way at a half.
+    let tolerance = if matches!(op, Fused::Pixels) { 1.1 / 255.0 } else { tolerance };
+    let distance = distance(&values(found)?, &values(&expected)?);
+    assert!(distance <= tolerance, "{op:?} of {args:?}, {what}: off by {distance}");
+    Ok(())
+}
+
+fn arguments(
+    seed: u64,
+    shapes: &[Vec<usize>],
+    lie: impl Fn(usize) -> Lie,
+    dtype: DType,
+    device: &Device,
+) -> Result<Vec<Cpu>> {
+    let mut random = Random(seed);
+    let shapes = shapes.iter().enumerate();
+    shapes.map(|(i, dims)| tensor(&mut random, dims, lie(i), dtype, device)).collect()
+}
+
+fn run(op: &Fused, args: &[Cpu]) -> Result<Cpu> {
+    Tensor::fused(op, &args.iter().collect::<Vec<_>>())
+}
+
+#[test]
+fn every_op_matches_its_definition_for_every_dtype_and_layout() -> Result<()> {
+    let device = Device::with_threads(2)?;
+    for (op, shapes) in cases() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for (i, lie) in LIES.into_iter().enumerate() {
+                let args = arguments(i as u64, &shapes, |_| lie, dtype, &device)?;
+                check(&op, &args, &run(&op, &args)?, &format!("{lie:?}"))?;
+            }
+        }
+        // Each operand otherwise.
+        for turn in 0..LIES.len() {
+            let lie = |i| LIES[(i * 2 + turn) % LIES.len()];
+            let args = arguments(turn as u64 + 9, &shapes, lie, DType::F32, &device)?;
+            check(&op, &args, &run(&op, &args)?, "mixed layouts")?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_prepared_weight_gives_the_bits_of_a_plain_one() -> Result<()> {
+    let device = Device::with_threads(2)?;
+    for (op, shapes) in cases() {
+        for (dtype, lie) in [DType::F32, DType::F16, DType::BF16].into_iter().zip(LIES) {
+            let args = arguments(3, &shapes, |_| lie, dtype, &device)?;
+            let prepared = match &op {
+                Fused::Conv2d(op) => {
+                    args[0].conv2d(&args[1].prepare(Role::Conv2d)?, args.get(2), *op)?
+                }
+                Fused::Linear(op) => {
+                    args[0].linear(&args[1].prepare(Role::Linear)?, args.get(2), op.activation)?
+                }
+                _ => continue,
+            };
+            assert_eq!(values(&prepared)?, values(&run(&op, &args)?)?, "{op:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() -> Result<()> {
+    for (op, shapes) in cases() {
+        let mut all = (1..4).map(|threads| {
+            let device = Device::with_threads(threads)?;
+            values(&run(&op, &arguments(4, &shapes, |_| Lie::Contiguous, DType::F32, &device)?)?)
+        });
+        let one = all.next().expect("three runs")?;
+        for more in all {
+            assert_eq!(one, more?, "{op:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_else_is_in_the_batch_changes_no_bit() -> Result<()> {
+    let device = Device::with_threads(2)?;
+    for (op, shapes) in cases() {
+        let batched = match &op {
+            Fused::Cat { .. } => continue,
+            Fused::Attention(_) | Fused::LinearCombination(_) => shapes.len(),
+            _ => 1,
+        };
+        let args = arguments(5, &shapes, |_| Lie::Contiguous, DType::F32, &device)?;
+        let single = run(&op, &args)?;
+        // The same pictures behind three others.
+        let more: Vec<Cpu> = args
+            .iter()
+            .enumerate()
+            .map(|(i, x)| {
+                let mut dims = x.dims().to_vec();
+                if i >= batched {
+                    return Ok(x.clone());
+                }
+                dims[0] = 3;
+                let others = tensor(&mut Random(6), &dims, Lie::Contiguous, DType::F32, &device)?;
+                Tensor::cat(&[&others, x], 0)
+            })
+            .collect::<Result<_>>()?;
+        let batch = run(&op, &more)?.narrow(0, 3, single.dims()[0])?;
+        assert_eq!(values(&single)?, values(&batch)?, "{op:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn nothing_of_an_earlier_tensor_shows_in_a_large_result() -> Result<()> {
+    let device = Device::with_threads(2)?;
+    let norm = GroupNorm { groups: 4, eps: 1e-5, silu: true };
+    let large: Vec<Case> = vec![
+        (conv(1, 1, Some((256, 257))), vec![vec![1, 3, 128, 129], vec![17, 3, 3, 3], vec![17]]),
+        (Fused::GroupNorm(norm), vec![vec![1, 20, 256, 256], vec![20], vec![20]]),
+        (Fused::LayerNorm(LayerNorm { eps: 1e-5 }), vec![vec![4097, 257], vec![257], vec![257]]),
+        (attention(5, false), vec![vec![1, 4097, 260], vec![1, 7, 260], vec![1, 7, 260]]),
+        (linear(Activation::Silu), vec![vec![1025, 3], vec![1030, 3]]),
+        (Fused::Geglu, vec![vec![1025, 2060]]),
+    ];
+    for (op, shapes) in large {
+        for lie in [Lie::ChannelsLast, Lie::LastFirst] {
+            let args = arguments(11, &shapes, |_| lie, DType::F32, &device)?;
+            let shape = op.infer(&args.iter().map(|x| x.meta()).collect::<Vec<_>>())?.layout;
+            let count = shape.shape().elem_count();
+            assert!(count >= 1 << 20, "{op:?} gives too few elements to be kept");
+            for _ in 0..2 {
+                drop(Cpu::from_slice(&vec![f32::NAN; count], count, &device)?);
+            }
+            check(&op, &args, &run(&op, &args)?, "after another tensor")?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn large_sums_are_those_of_small_ones() -> Result<()> {
+    let device = Device::with_threads(2)?;
+    let mut random = Random(12);
+    let x: Cpu = tensor(&mut random, &[2, 33, 40, 41], Lie::ChannelsLast, DType::F32, &device)?;
+    for (dims, lie) in [
+        (vec![2, 33, 40, 41], Lie::ChannelsLast),
+        (vec![2, 33, 40, 41], Lie::Contiguous),
+        (vec![2, 33, 1, 1], Lie::Contiguous),
+        (vec![33, 1, 1], Lie::Strided),
+        (vec![2, 1, 40, 41], Lie::Offset),
+        (vec![41], Lie::Contiguous),
+    ] {
+        let y: Cpu = tensor(&mut random, &dims, lie, DType::F32, &device)?;
+        let (a, b) = (values(&x)?, values(&y.broadcast_as(x.dims())?)?);
+        let expected: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
+        assert_eq!(values(&x.add(&y)?)?, expected, "{dims:?} {lie:?}");
+        assert_eq!(values(&y.add(&x)?)?, expected, "{dims:?} {lie:?} in front");
+    }
+    Ok(())
+}
+
+#[test]
+fn group_norm_keeps_its_precision_far_from_zero() -> Result<()> {
+    let device = Device::with_threads(2)?;
+    let op = Fused::GroupNorm(GroupNorm { groups: 2, eps: 1e-6, silu: false });
+    let x: Cpu = tensor(&mut Random(7), &[1, 4, 64, 64], Lie::ChannelsLast, DType::F32, &device)?;
+    let far = x.affine(1.0, 64.0)?;
+    let one = Tensor::from_slice(&[1f32; 4], 4, &device)?;
+    let zero = Tensor::from_slice(&[0f32; 4], 4, &device)?;
+    let (near, far) = (run(&op, &[x, one.clone(), zero.clone()])?, run(&op, &[far, one, zero])?);
+    let distance = distance(&values(&far)?, &values(&near)?);
+    assert!(distance < 1e-5, "off by {distance}");
+    Ok(())
+}
+
+#[test]
+fn empty_operands_give_empty_results() -> Result<()> {
+    let device = Device::with_threads(1)?;
+    let check = |op: Fused, shapes: &[&[usize]], expected: &[usize]| -> Result<()> {
+        let shapes: Vec<Vec<usize>> = shapes.iter().map(|s| s.to_vec()).collect();
+        let args = arguments(8, &shapes, |_| Lie::Contiguous, DType::F32, &device)?;
+        assert_eq!(run(&op, &args)?.dims(), expected, "{op:?}");
+        Ok(())
+    };
+    check(conv(1, 1, None), &[&[0, 3, 4, 4], &[5, 3, 3, 3]], &[0, 5, 4, 4])?;
+    check(conv(1, 1, None), &[&[1, 0, 4, 4], &[5, 0, 3, 3], &[5]], &[1, 5, 4, 4])?;
+    check(linear(Activation::Identity), &[&[0, 3], &[5, 3]], &[0, 5])?;
+    check(linear(Activation::Identity), &[&[2, 3], &[0, 3]], &[2, 0])?;
+    check(attention(1, false), &[&[1, 0, 3], &[1, 2, 3], &[1, 2, 3]], &[1, 0, 3])?;
+    check(Fused::Cat { dim: 0 }, &[&[0, 3], &[2, 3]], &[2, 3])?;
+    check(Fused::Geglu, &[&[0, 4]], &[0, 2])
+}
+
+#[test]
+fn what_kernels_cannot_take_is_an_error() -> Result<()> {
+    use tiny_sd::backend::{Backend, View};
+    let device = Device::with_threads(1)?;
+    let x: Cpu = Tensor::from_slice(&[1f32; 12], vec![2, 6], &device)?;
+    let beyond = candle_core::Layout::new((3, 6).into(), vec![6, 1], 0);
+    for op in [Fused::Geglu, Fused::Cat { dim: 0 }, Fused::Prepare(Role::Linear)] {
+        let view = View { storage: &**x.storage(), layout: &beyond };
+        assert!(Storage::fused(&op, &[view]).is_err(), "{op:?} read beyond its operand");
+    }
+    let weight = x.prepare(Role::Linear)?;
+    assert!(x.linear(&weight, None, Activation::Identity).is_ok());
+    assert!(x.reshape(vec![1, 2, 6, 1])?.conv2d(&weight, None, Conv2d::same(1)).is_err());
+    assert!(run(&Fused::Geglu, &[x.to_dtype(DType::F64)?]).is_err());
+    Ok(())
+}

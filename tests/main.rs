@@ -1,0 +1,15 @@
+//! The integration tests: one crate, so that it links once.
+
+mod cli;
+mod end_to_end;
+mod golden;
+mod hub;
+mod kernels;
+mod numbers;
+mod peer;
+mod quic;
+mod remote;
+mod second_oracle;
+mod structure;
+mod udp_proxy;
+mod views;

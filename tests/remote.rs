@@ -1,0 +1,172 @@
+//! The remote device end to end: the real program as worker and as client, over the loopback
+//! network.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+/// A worker that is stopped when the test ends.
+struct Worker {
+    child: Child,
+    url: String,
+    folder: TempDir,
+}
+
+impl Worker {
+    fn start() -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), &[])
+    }
+
+    fn start_in(folder: TempDir, more: &[&str]) -> Self {
+        let mut child = program()
+            .args(["worker", "--listen", "127.0.0.1:0", "--threads", "2", "--cache-dir"])
+            .arg(folder.path().join("cache"))
+            .arg("--token-file")
+            .arg(folder.path().join("token"))
+            .args(more)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut url = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut url).unwrap();
+        let url = url.trim().to_owned();
+        assert!(url.starts_with("quic://") && url.contains("?cert="), "{url}");
+        Self { child, url, folder }
+    }
+
+    /// Ends it without a word; its folder stays.
+    fn kill(mut self) -> TempDir {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap())
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tiny-sd"));
+    command.env_remove("TINY_SD_DEVICE").stdin(Stdio::null());
+    command
+}
+
+fn paint(model: &str, device: &str, output: &Path, more: &[&str]) -> Output {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(model);
+    program()
+        .args(["a red fox", "--steps", "3", "--threads", "2", "--stats", "--device", device])
+        .arg("-m")
+        .arg(model)
+        .arg("-o")
+        .arg(output)
+        .args(if more.contains(&"-s") { &[][..] } else { &["-s", "7"] })
+        .args(more)
+        .env("XDG_CACHE_HOME", output.parent().unwrap())
+        .output()
+        .unwrap()
+}
+
+fn succeeds(output: &Output) -> String {
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{stderr}");
+    stderr
+}
+
+#[test]
+fn a_worker_makes_the_very_bytes_that_the_cpu_makes() {
+    let folder = tempfile::tempdir().unwrap();
+    let worker = Worker::start();
+    for model in ["tiny", "sd1", "sd2"] {
+        for scheduler in ["dpm++2m", "euler-a"] {
+            let more = ["--scheduler", scheduler];
+            let (here, there) = (folder.path().join("here.png"), folder.path().join("there.png"));
+            succeeds(&paint(model, "cpu", &here, &more));
+            let stderr = succeeds(&paint(model, &worker.url, &there, &more));
+            assert_eq!(std::fs::read(&here).unwrap(), std::fs::read(&there).unwrap(), "{model}");
+            assert!(stderr.contains(" 2 programs replayed"), "{stderr}");
+        }
+    }
+}
+
+#[test]
+fn a_worker_inside_of_the_process_does_too_and_several_pictures_share_one_recording() {
+    let folder = tempfile::tempdir().unwrap();
+    let (here, there) = (folder.path().join("here.png"), folder.path().join("there.png"));
+    succeeds(&paint("tiny", "cpu", &here, &["--count", "2"]));
+    let stderr = succeeds(&paint("tiny", "mock", &there, &["--count", "2"]));
+    for n in [1, 2] {
+        let file =
+            |name: &str| std::fs::read(folder.path().join(format!("{name}-{n}.png"))).unwrap();
+        assert_eq!(file("here"), file("there"));
+    }
+    assert!(stderr.contains(" 5 programs replayed"), "{stderr}");
+}
+
+#[test]
+fn the_second_run_sends_no_weights_even_after_the_worker_was_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("x.png");
+    let worker = Worker::start();
+    let first = succeeds(&paint("tiny", &worker.url, &output, &[]));
+    assert!(!first.contains(" 0 bytes of weights up"), "{first}");
+    let second = succeeds(&paint("tiny", &worker.url, &output, &[]));
+    assert!(second.contains(" 0 bytes of weights up"), "{second}");
+    let worker = Worker::start_in(worker.kill(), &[]);
+    let third = succeeds(&paint("tiny", &worker.url, &output, &[]));
+    assert!(third.contains(" 0 bytes of weights up"), "{third}");
+}
+
+#[test]
+fn several_clients_at_once_get_their_own_pictures() {
+    let folder = tempfile::tempdir().unwrap();
+    let worker = Worker::start();
+    let seeds = ["1", "2", "3"];
+    std::thread::scope(|scope| {
+        for seed in seeds {
+            let (folder, url) = (folder.path(), &worker.url);
+            scope.spawn(move || {
+                let there = folder.join(format!("there-{seed}.png"));
+                succeeds(&paint("tiny", url, &there, &["-s", seed]));
+            });
+        }
+    });
+    for seed in seeds {
+        let here = folder.path().join("here.png");
+        succeeds(&paint("tiny", "cpu", &here, &["-s", seed]));
+        let there = folder.path().join(format!("there-{seed}.png"));
+        assert_eq!(std::fs::read(&here).unwrap(), std::fs::read(&there).unwrap(), "{seed}");
+    }
+}
+
+#[test]
+fn what_goes_wrong_on_the_way_is_one_line_and_exit_code_4() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("x.png");
+    let worker = Worker::start();
+    let url = worker.url.clone();
+    let (before_token, rest) = url.split_at("quic://".len());
+    let (token, rest) = rest.split_once('@').unwrap();
+    let wrong_token = format!("{before_token}{}@{rest}", "0".repeat(token.len()));
+    let (start, fingerprint) = url.split_once("?cert=").unwrap();
+    let wrong_certificate = format!("{start}?cert={}", "0".repeat(fingerprint.len()));
+    let check = |device: &str, expected: &str| {
+        let found = paint("tiny", device, &output, &[]);
+        let stderr = String::from_utf8_lossy(&found.stderr);
+        assert_eq!(found.status.code(), Some(4), "{stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        assert!(stderr.contains(expected), "{stderr}");
+        assert!(!stderr.contains(token), "{stderr}");
+        assert!(!output.exists());
+    };
+    check(&wrong_token, "token");
+    check(&wrong_certificate, "certificate");
+    drop(worker.kill());
+    check(&url, "127.0.0.1");
+}
