@@ -7,6 +7,7 @@ mod hub;
 mod kernels;
 mod numbers;
 mod peer;
+mod protocol;
 mod quic;
 mod remote;
 mod second_oracle;

@@ -41,13 +41,19 @@ struct State {
     next_transfer: u64,
     next_ticket: u64,
     /// Requests in the order in which they will be answered.
-    requests: VecDeque<u64>,
+    requests: VecDeque<Request>,
     answers: HashMap<u64, Result<Answer>>,
     /// Pieces of the read that is being answered.
     pieces: Vec<u8>,
     failure: Option<Error>,
     programs: Programs,
     statistics: Statistics,
+}
+
+struct Request {
+    ticket: u64,
+    /// Of the answer, if it is data.
+    bytes: u64,
 }
 
 #[derive(Default)]
@@ -199,17 +205,12 @@ impl Session {
         self.transfer(|_| (source, Op::Copy)).map(drop)
     }
 
-    /// How many bulk transfers wait to begin.
-    pub fn waiting_bulk(&self) -> usize {
-        self.lock().bulk.len()
-    }
-
-    /// Asks for a whole buffer, early: the answer is taken by [`data`](Self::data).
+    /// Asks for a whole buffer, of `bytes`, early: the answer is taken by [`data`](Self::data).
     ///
     /// # Errors
     /// If the session is over.
-    pub fn read(&self, id: Id) -> Result<Ticket> {
-        self.request(&Message::Read(id))
+    pub fn read(&self, id: Id, bytes: u64) -> Result<Ticket> {
+        self.request(&Message::Read(id), bytes)
     }
 
     /// Asks to hear when everything so far is done.
@@ -217,7 +218,7 @@ impl Session {
     /// # Errors
     /// If the session is over.
     pub fn mark(&self) -> Result<Ticket> {
-        self.request(&Message::Mark)
+        self.request(&Message::Mark, 0)
     }
 
     /// Which of the weights the worker has.
@@ -227,7 +228,7 @@ impl Session {
     pub fn probe(&self, digests: &[Digest]) -> Result<Vec<bool>> {
         let mut present = Vec::with_capacity(digests.len());
         for part in digests.chunks(super::message::MAX_PROBE) {
-            let ticket = self.request(&Message::Probe(part.to_vec()))?;
+            let ticket = self.request(&Message::Probe(part.to_vec()), 0)?;
             match self.wait(ticket)? {
                 Answer::Present(answer) if answer.len() == part.len() => present.extend(answer),
                 _ => return Err(self.confused()),
@@ -361,11 +362,11 @@ impl Session {
         }
     }
 
-    fn request(&self, message: &Message) -> Result<Ticket> {
+    fn request(&self, message: &Message, bytes: u64) -> Result<Ticket> {
         let mut state = self.ready()?;
         let ticket = state.next_ticket;
         state.next_ticket += 1;
-        state.requests.push_back(ticket);
+        state.requests.push_back(Request { ticket, bytes });
         state.statistics.round_trips += u64::from(*message != Message::Mark);
         self.send(&mut state, message)?;
         Ok(Ticket(ticket))
@@ -431,7 +432,12 @@ impl Session {
         let answer = match reply {
             Reply::Fatal(text) => return Err(fatal(format!("{}: {text}", self.name))),
             Reply::Data { bytes, is_last } => {
+                let expected = state.requests.front().map_or(0, |request| request.bytes);
                 state.pieces.extend(bytes);
+                let len = state.pieces.len() as u64;
+                if len > expected || (is_last && len < expected) {
+                    return Err(malformed(&format!("has {len} bytes of a buffer of {expected}")));
+                }
                 if !is_last {
                     return Ok(());
                 }
@@ -444,9 +450,9 @@ impl Session {
             }
             Reply::Present(present) => Ok(Answer::Present(present)),
         };
-        let ticket = state.requests.pop_front();
-        let ticket = ticket.ok_or_else(|| malformed("answers what was not asked"))?;
-        state.answers.insert(ticket, answer);
+        let request = state.requests.pop_front();
+        let request = request.ok_or_else(|| malformed("answers what was not asked"))?;
+        state.answers.insert(request.ticket, answer);
         Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! The remote device: makes buffers on a worker. Separate from the storage because everything that
 //! brings bytes to the worker is here.
 
+use std::fmt::Write;
 use std::sync::Arc;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
@@ -10,7 +11,7 @@ use super::client::{self, Output, Session, Ticket};
 use super::digests::Digests;
 use super::op::execute::to_bytes;
 use super::op::{Call, Op};
-use super::storage::Storage;
+use super::storage::{Storage, check_same_worker};
 use super::transport::BulkSource;
 use super::upload::Uploads;
 use super::wire::{MAX_INLINE_BYTES, Wire};
@@ -76,8 +77,18 @@ impl crate::backend::Device for Device {
     }
 
     fn begin_program(&self, key: &str, inputs: &[&Storage]) -> crate::Result<Begun<Storage>> {
-        let inputs = inputs.iter().map(|storage| storage.id()).collect();
-        Ok(match self.session().begin_program(key, inputs)? {
+        check_same_worker(self, inputs.iter().copied())?;
+        let ids: Vec<_> = inputs.iter().map(|storage| storage.id()).collect();
+        let mut key = key.to_string();
+        for (storage, id) in inputs.iter().zip(&ids) {
+            // A view that is all of one buffer and a part of another is sent in two ways, and what
+            // was one buffer twice says nothing of two.
+            let (layout, same) = (&storage.meta().layout, ids.iter().position(|own| own == id));
+            let same = same.unwrap_or_default();
+            // Writing to a String cannot fail.
+            let _ = write!(key, " of {:?} {:?} #{same}", layout.dims(), layout.stride());
+        }
+        Ok(match self.session().begin_program(&key, ids)? {
             client::Begun::Recording => Begun::Record,
             client::Begun::Replayed(outputs) => {
                 let storage =
@@ -92,6 +103,8 @@ impl crate::backend::Device for Device {
             let (meta, layout) = (view.storage.meta().clone(), view.layout.clone());
             (view.storage.id(), Output { meta, layout })
         };
+        check_same_worker(self, outputs.iter().map(|view| view.storage))
+            .inspect_err(|_| self.abort_program())?;
         self.session().end_program(outputs.iter().map(output).collect())
     }
 

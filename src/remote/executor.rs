@@ -5,9 +5,10 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_core::Layout;
+use candle_core::backend::BackendDevice;
 
 use super::heap::{Buffer, Heap, Poison, Slot, view_of};
 use super::library::{Library, Recipe, Weights};
@@ -16,6 +17,7 @@ use super::op::execute::{execute, execute_in_place, to_bytes};
 use super::op::infer::Source;
 use super::op::{Call, Id, Op};
 use super::program::{Program, Recorded, Recording, Resolved, Step};
+use super::wire::malformed;
 use crate::backend::{Backend, Fused, Meta, MetaRef, View};
 use crate::error::{Error, Result};
 
@@ -47,6 +49,8 @@ pub struct Executor<B: Backend> {
     programs: HashMap<u64, Recorded<B>>,
     recording: Option<Recording<B>>,
     progress: Progress,
+    began: Instant,
+    idle: Duration,
 }
 
 impl<B: Backend> Executor<B> {
@@ -67,12 +71,14 @@ impl<B: Backend> Executor<B> {
             programs: HashMap::new(),
             recording: None,
             progress: Progress::default(),
+            began: Instant::now(),
+            idle: Duration::ZERO,
         }
     }
 
     /// Time that was spent waiting for messages: for statistics.
     pub fn idled(&mut self, time: Duration) {
-        self.progress.idle_us += time.as_micros() as u64;
+        self.idle += time;
     }
 
     /// Runs one message, whose first result gets `id`, and says what there is to say.
@@ -85,14 +91,12 @@ impl<B: Backend> Executor<B> {
         message: Message,
         reply: &mut dyn FnMut(Reply) -> Result<()>,
     ) -> Result<()> {
-        let started = std::time::Instant::now();
         match message {
             Message::Call(call) => self.call(id, call)?,
             Message::Free(id) => self.free(id),
             Message::Read(id) => self.read(id, reply)?,
             Message::Mark => {
-                let memory_bytes = self.heap.used_bytes();
-                reply(Reply::Done(Progress { memory_bytes, ..self.progress }))?;
+                reply(Reply::Done(self.progress()))?;
             }
             Message::Probe(digests) => {
                 reply(Reply::Present(self.library.has(&digests)))?;
@@ -102,7 +106,7 @@ impl<B: Backend> Executor<B> {
             }
             Message::EndProgram { outputs } => {
                 if let Some(recording) = self.recording.take() {
-                    let (program, recorded) = recording.finish(&outputs);
+                    let (program, recorded) = recording.finish(&outputs, |id| self.materialise(id));
                     self.programs.insert(program, recorded);
                 }
             }
@@ -110,8 +114,18 @@ impl<B: Backend> Executor<B> {
             Message::Replay { program, inputs } => self.replay(id, program, &inputs)?,
             Message::DropProgram { program } => drop(self.programs.remove(&program)),
         }
-        self.progress.busy_us += started.elapsed().as_micros() as u64;
         Ok(())
+    }
+
+    /// What was done so far. The clock is read here and not at every op.
+    fn progress(&self) -> Progress {
+        let busy = self.began.elapsed().saturating_sub(self.idle);
+        Progress {
+            busy_us: busy.as_micros() as u64,
+            idle_us: self.idle.as_micros() as u64,
+            memory_bytes: self.heap.used_bytes(),
+            ..self.progress
+        }
     }
 
     fn free(&mut self, id: Id) {
@@ -126,21 +140,22 @@ impl<B: Backend> Executor<B> {
         if call.op.is_in_place() {
             return self.call_in_place(call);
         }
-        let number = self.progress.ops;
-        let slot = match self.lazy(&call) {
+        let lazy = self.lazy(&call);
+        let is_lazy = lazy.is_some();
+        let slot = match lazy {
             Some(recipe) => Slot::Lazy(recipe),
-            None => {
-                match self.resolve(&call).and_then(|args| self.compute(&call.op, &args, number)) {
-                    Ok(buffer) => Slot::Ready(buffer),
-                    Err(poison) => Slot::Poisoned(poison),
-                }
-            }
+            None => slot(self.resolve(&call).and_then(|args| self.compute(&call.op, &args))),
         };
-        if let Some(mut recording) = self.recording.take() {
-            recording.step(id, &call, |id| self.materialise(id));
+        let recording = self.recording.take();
+        self.heap.put(id, slot)?;
+        if let Some(mut recording) = recording {
+            match is_lazy {
+                true => recording.hold(id, self.materialise(id)),
+                false => recording.step(id, &call, |id| self.materialise(id)),
+            }
             self.recording = Some(recording);
         }
-        self.heap.put(id, slot)
+        Ok(())
     }
 
     /// A weight, or what is made of one at load, is not made before it is needed: it may be there
@@ -174,13 +189,13 @@ impl<B: Backend> Executor<B> {
             Slot::Poisoned(poison) => Err(poison),
             Slot::Lazy(recipe) => {
                 let get = || self.weights.get(&recipe, &*self.library, &self.device);
-                let made = guard(get).map_err(poison);
+                let made = guard(get).map_err(|error| {
+                    let (number, dims) = (self.progress.ops, &recipe.dims);
+                    let dtype = recipe.dtype.as_str();
+                    poison(error.context(format!("call {number}: weight {dims:?} {dtype}")))
+                });
                 self.heap.take(id);
-                let slot = match &made {
-                    Ok(buffer) => Slot::Ready(buffer.clone()),
-                    Err(poison) => Slot::Poisoned(poison.clone()),
-                };
-                self.heap.put(id, slot).map_err(poison)?;
+                self.heap.put(id, slot(made.clone())).map_err(poison)?;
                 made
             }
         }
@@ -189,6 +204,9 @@ impl<B: Backend> Executor<B> {
     fn resolve(&mut self, call: &Call) -> std::result::Result<Resolved<B>, Poison> {
         let mut resolved = Vec::with_capacity(call.args.len());
         for operand in &call.args {
+            if let Err(error) = self.heap.get(operand.id) {
+                return Err(self.failed(&call.op, error));
+            }
             let buffer = self.materialise(operand.id)?;
             let layout = view_of(&buffer, operand).map_err(|error| self.failed(&call.op, error))?;
             resolved.push((buffer, layout));
@@ -196,23 +214,20 @@ impl<B: Backend> Executor<B> {
         Ok(resolved)
     }
 
-    fn compute(
-        &self,
-        op: &Op,
-        args: &Resolved<B>,
-        number: u64,
-    ) -> std::result::Result<Arc<Buffer<B>>, Poison> {
+    fn compute(&self, op: &Op, args: &Resolved<B>) -> std::result::Result<Arc<Buffer<B>>, Poison> {
         let run = || -> Result<Arc<Buffer<B>>> {
             let meta = op.infer(&sources(args))?;
-            self.heap.check_room(&meta)?;
-            let storage = guard(|| self.execute(op, args, &meta))?;
+            let storage = self.heap.check_room(&meta).and_then(|()| {
+                args.iter().try_for_each(|(buffer, view)| self.heap.check_view(buffer, view))?;
+                guard(|| self.execute(op, args, &meta))
+            });
+            let storage = storage.map_err(|error| error.context(op.described(&sources(args))))?;
             Ok(self.heap.charge(storage, meta))
         };
-        run().map_err(|error| poison(error.context(format!("call {number}"))))
+        run().map_err(|error| poison(error.context(format!("call {}", self.progress.ops))))
     }
 
     fn execute(&self, op: &Op, args: &Resolved<B>, meta: &Meta) -> Result<B> {
-        use candle_core::backend::BackendDevice;
         if let Op::Received { transfer, dtype, len } = op {
             let bytes = self.arrivals.take(*transfer)?;
             if bytes.len() != len * dtype.size_in_bytes() {
@@ -232,7 +247,7 @@ impl<B: Backend> Executor<B> {
     /// The target leaves the heap while it is written, so that it cannot be a source as well.
     fn call_in_place(&mut self, mut call: Call) -> Result<()> {
         let target = match call.args.is_empty() {
-            true => return Err(super::wire::malformed("writes nowhere")),
+            true => return Err(malformed("writes nowhere")),
             false => call.args.remove(0),
         };
         if let Some(recording) = &mut self.recording {
@@ -242,10 +257,7 @@ impl<B: Backend> Executor<B> {
             Err(poison) => Slot::Poisoned(poison),
             Ok(buffer) => {
                 self.heap.take(target.id);
-                match self.write(&call, &target, buffer) {
-                    Ok(buffer) => Slot::Ready(buffer),
-                    Err(poison) => Slot::Poisoned(poison),
-                }
+                slot(self.write(&call, &target, buffer))
             }
         };
         self.heap.take(target.id);
@@ -265,10 +277,11 @@ impl<B: Backend> Executor<B> {
             let mut all = vec![Source { meta, len: buffer.elem_count() }];
             all.extend(sources(&args));
             call.op.infer(&all)?;
+            args.iter().try_for_each(|(buffer, view)| self.heap.check_view(buffer, view))?;
             if Arc::get_mut(&mut buffer).is_none() {
                 // A program or another session has it as well: they keep what they have.
                 self.heap.check_room(&buffer.meta)?;
-                let copy = buffer.storage.try_clone(&buffer.meta.layout)?;
+                let copy = guard(|| Ok(buffer.storage.try_clone(&buffer.meta.layout)?))?;
                 buffer = self.heap.charge(copy, buffer.meta.clone());
             }
             if let Some(own) = Arc::get_mut(&mut buffer) {
@@ -299,7 +312,7 @@ impl<B: Backend> Executor<B> {
 
     fn replay(&mut self, id: Id, program: u64, inputs: &[Id]) -> Result<()> {
         let Some(known) = self.programs.get(&program) else {
-            return Err(super::wire::malformed("names a program that is not there"));
+            return Err(malformed("names a program that is not there"));
         };
         let results = match known.program.clone() {
             Err(poison) => vec![Err(poison); known.outputs],
@@ -309,12 +322,8 @@ impl<B: Backend> Executor<B> {
                 self.run_program(&program, &inputs)
             }
         };
-        for (i, result) in results.into_iter().enumerate() {
-            let slot = match result {
-                Ok(buffer) => Slot::Ready(buffer),
-                Err(poison) => Slot::Poisoned(poison),
-            };
-            self.heap.put(Id(id.0 + i as u64), slot)?;
+        for (result, id) in results.into_iter().zip(id.0..) {
+            self.heap.put(Id(id), slot(result))?;
         }
         Ok(())
     }
@@ -330,14 +339,19 @@ impl<B: Backend> Executor<B> {
                 Step::Free(local) => frame.free(*local),
                 Step::Call { op, args } => {
                     self.progress.ops += 1;
-                    let number = self.progress.ops;
-                    let result =
-                        frame.resolve(args).and_then(|args| self.compute(op, &args, number));
+                    let result = frame.resolve(args).and_then(|args| self.compute(op, &args));
                     frame.push(result);
                 }
             }
         }
         program.outputs(&frame)
+    }
+}
+
+fn slot<B>(made: std::result::Result<Arc<Buffer<B>>, Poison>) -> Slot<B> {
+    match made {
+        Ok(buffer) => Slot::Ready(buffer),
+        Err(poison) => Slot::Poisoned(poison),
     }
 }
 

@@ -143,6 +143,25 @@ impl<B: Backend> Heap<B> {
         Ok(())
     }
 
+    /// Whether a view is one that somebody could want: repeated elements cost no memory, but each
+    /// of them is worked on.
+    ///
+    /// # Errors
+    /// If it repeats a buffer to more than the session may have.
+    pub fn check_view(&self, buffer: &Buffer<B>, view: &Layout) -> Result<()> {
+        let count = view.shape().elem_count();
+        let bytes = (count as u64).saturating_mul(buffer.meta.dtype.size_in_bytes() as u64);
+        if count > buffer.elem_count() && bytes > self.max_bytes {
+            let (dims, max) = (view.dims(), self.max_bytes);
+            return Err(Error::other(format!(
+                "a view repeats {} elements to {dims:?}, more than the session's {max} bytes \
+                 (worker --session-memory)",
+                buffer.elem_count()
+            )));
+        }
+        Ok(())
+    }
+
     /// A buffer that this session pays for.
     pub fn charge(&self, storage: B, meta: Meta) -> Arc<Buffer<B>> {
         let bytes = bytes(&meta);

@@ -15,7 +15,7 @@ use crate::error::{Error, Kind, Result};
 /// Weights in one probe.
 pub const MAX_PROBE: usize = 4096;
 /// Inputs or outputs of a program.
-pub const MAX_BINDINGS: usize = 64;
+pub const MAX_BINDINGS: usize = 160;
 /// Programs that a session keeps; the least recently used goes first.
 pub const MAX_PROGRAMS: usize = 16;
 /// Bytes of one piece of data in a reply.

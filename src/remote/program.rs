@@ -11,6 +11,8 @@ use super::op::{Call, Id, Op, Operand};
 
 /// Steps of one program; a UNet evaluation has about a thousand.
 pub const MAX_STEPS: usize = 1 << 16;
+/// Bytes that the steps of one program may take, about.
+const MAX_BYTES: usize = 8 << 20;
 
 /// A recorded program. It holds what it uses from outside, so that nothing it needs can be freed.
 pub struct Program<B> {
@@ -50,6 +52,7 @@ pub struct Recording<B> {
     places: HashMap<Id, Place<B>>,
     steps: Vec<Step<B>>,
     locals: usize,
+    bytes: usize,
     refused: Option<Poison>,
 }
 
@@ -72,7 +75,7 @@ impl<B> Recording<B> {
     /// Nothing recorded yet; `inputs` are what varies from run to run.
     pub fn new(program: u64, inputs: Vec<Id>) -> Self {
         let places = inputs.into_iter().enumerate().map(|(n, id)| (id, Place::Input(n))).collect();
-        Self { program, places, steps: Vec::new(), locals: 0, refused: None }
+        Self { program, places, steps: Vec::new(), locals: 0, bytes: 0, refused: None }
     }
 
     /// The program cannot be replayed, and why.
@@ -82,8 +85,12 @@ impl<B> Recording<B> {
 
     /// Records a call that made `id`; `capture` finds a buffer from outside.
     pub fn step(&mut self, id: Id, call: &Call, mut capture: impl FnMut(Id) -> Made<B>) {
-        if self.steps.len() >= MAX_STEPS {
-            self.refuse("the program has too many steps");
+        self.bytes += bytes(call);
+        if self.steps.len() >= MAX_STEPS || self.bytes > MAX_BYTES {
+            self.refuse("the program is too long");
+        }
+        if let Op::Received { .. } = call.op {
+            self.refuse("bytes that are sent beside the ops come once and cannot be replayed");
         }
         if self.refused.is_some() {
             return;
@@ -104,6 +111,14 @@ impl<B> Recording<B> {
         self.locals += 1;
     }
 
+    /// Notes that `id` is the same in every run: a weight.
+    pub fn hold(&mut self, id: Id, made: Made<B>) {
+        match made {
+            Ok(buffer) => drop(self.places.insert(id, Place::Captured(buffer))),
+            Err(poison) => self.refuse(&poison),
+        }
+    }
+
     /// Records that `id` was freed. Its number is never used again, so it stays known as an output.
     pub fn free(&mut self, id: Id) {
         if let Some(Place::Local(local)) = self.places.get(&id) {
@@ -111,19 +126,38 @@ impl<B> Recording<B> {
         }
     }
 
-    /// The program, or why there is none.
-    pub fn finish(mut self, outputs: &[Id]) -> (u64, Recorded<B>) {
-        let places: Option<Vec<_>> =
-            outputs.iter().map(|id| self.places.get(id).cloned()).collect();
-        if places.is_none() {
-            self.refuse("an output was not made by the program");
+    /// The program's number and the program, or why there is none; `capture` finds a buffer from
+    /// outside.
+    pub fn finish(
+        mut self,
+        outputs: &[Id],
+        mut capture: impl FnMut(Id) -> Made<B>,
+    ) -> (u64, Recorded<B>) {
+        for id in outputs {
+            if !self.places.contains_key(id) {
+                self.hold(*id, capture(*id));
+            }
         }
-        let recorded = match (self.refused, places) {
-            (None, Some(places)) => Ok(Arc::new(Program { steps: self.steps, outputs: places })),
-            (refused, _) => Err(refused.unwrap_or_else(|| "the program has no outputs".into())),
+        let places = outputs.iter().filter_map(|id| self.places.get(id).cloned()).collect();
+        let recorded = match self.refused {
+            None => Ok(Arc::new(Program { steps: self.steps, outputs: places })),
+            Some(cause) => Err(cause),
         };
         (self.program, Recorded { outputs: outputs.len(), program: recorded })
     }
+}
+
+/// What a step takes, about.
+fn bytes(call: &Call) -> usize {
+    let inline = match &call.op {
+        Op::Constant { bytes, .. } => bytes.len(),
+        Op::Fused(crate::backend::Fused::LinearCombination(terms)) => 8 * terms.len(),
+        // Of the others the attributes are a few numbers.
+        _ => 0,
+    };
+    let layouts = call.args.iter().filter_map(|arg| arg.layout.as_ref());
+    let layouts: usize = layouts.map(|layout| 64 + 16 * layout.dims().len()).sum();
+    128 + inline + 96 * call.args.len() + layouts
 }
 
 impl<B> Program<B> {

@@ -31,11 +31,13 @@ impl Storage {
         Self { device, id, meta }
     }
 
-    pub(super) fn id(&self) -> Id {
+    /// Its number in the session.
+    pub fn id(&self) -> Id {
         self.id
     }
 
-    pub(super) fn meta(&self) -> &Meta {
+    /// What the worker has under that number.
+    pub fn meta(&self) -> &Meta {
         &self.meta
     }
 
@@ -66,7 +68,7 @@ impl Storage {
     fn write(&self, op: Op, others: &[View<'_, Self>], layout: &Layout) -> Result<()> {
         let this = View { storage: self, layout };
         let views: Vec<_> = std::iter::once(this).chain(others.iter().copied()).collect();
-        check_same_worker(&views)?;
+        check_same_worker(&self.device, views.iter().map(|view| view.storage))?;
         let sources: Vec<_> = views.iter().map(|view| view.storage.source(view.layout)).collect();
         op.infer(&sources)?;
         self.session().call(Call { op, args: operands(&views) })?;
@@ -82,7 +84,7 @@ fn make(op: Op, views: &[View<'_, Storage>]) -> crate::Result<Storage> {
     let Some(first) = views.first() else {
         return Err(Error::other(format!("{} of nothing", op.name())));
     };
-    check_same_worker(views)?;
+    check_same_worker(&first.storage.device, views.iter().map(|view| view.storage))?;
     let sources: Vec<_> = views.iter().map(|view| view.storage.source(view.layout)).collect();
     let meta = op.infer(&sources)?;
     let device = first.storage.device.clone();
@@ -90,17 +92,20 @@ fn make(op: Op, views: &[View<'_, Storage>]) -> crate::Result<Storage> {
     Ok(Storage { device, id, meta })
 }
 
-fn check_same_worker(views: &[View<'_, Storage>]) -> crate::Result<()> {
-    let Some((first, rest)) = views.split_first() else {
-        return Ok(());
-    };
-    let first = &first.storage.device;
-    match rest.iter().find(|view| !view.storage.device.same_device(first)) {
+/// Whether all are of `device`.
+///
+/// # Errors
+/// Names both workers.
+pub(super) fn check_same_worker<'a>(
+    device: &Device,
+    mut storages: impl Iterator<Item = &'a Storage>,
+) -> crate::Result<()> {
+    match storages.find(|storage| !storage.device.same_device(device)) {
         None => Ok(()),
         Some(other) => Err(Error::other(format!(
             "an op on tensors of two workers, {} and {}: copy one with to_device",
-            first.session().name(),
-            other.storage.session().name()
+            device.session().name(),
+            other.session().name()
         ))),
     }
 }
@@ -151,7 +156,8 @@ impl BackendStorage for Storage {
     }
 
     fn to_cpu_storage(&self) -> Result<CpuStorage> {
-        let bytes = self.session().data(self.session().read(self.id)?)?;
+        let len = self.meta.layout.shape().elem_count() * self.meta.dtype.size_in_bytes();
+        let bytes = self.session().data(self.session().read(self.id, len as u64)?)?;
         Ok(from_bytes(self.meta.dtype, &bytes)?)
     }
 

@@ -3,6 +3,7 @@
 //! for each session runs them, and whoever waits is told when the client is gone.
 
 use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,8 @@ use crate::error::{Error, Result};
 const MAX_QUEUED_FRAMES: usize = 64;
 /// Bytes of replies that wait to be sent before ops wait too.
 const MAX_REPLY_BYTES: usize = 8 << 20;
+/// Host tensors that are on their way or not yet taken.
+const MAX_TRANSFERS: usize = 1024;
 /// How long an op waits for bytes that were announced to come.
 const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -62,7 +65,13 @@ impl<B: Backend> Worker<B> {
         let running = session.clone();
         std::thread::Builder::new()
             .name("session".into())
-            .spawn(move || running.run(executor))
+            .spawn(move || {
+                if catch_unwind(AssertUnwindSafe(|| running.run(executor))).is_err() {
+                    // The client is told, if it is still there.
+                    let _ = running.reply(&Reply::Fatal("internal error: it panicked".into()));
+                    running.end();
+                }
+            })
             .map_err(|error| Error::other(format!("no thread for the session: {error}")))?;
         Ok(session)
     }
@@ -220,7 +229,9 @@ impl Transfers {
         let mut state = this.lock();
         let total = bytes.and_then(|bytes| state.bytes.checked_add(bytes));
         match (bytes, total) {
-            (Some(bytes), Some(total)) if total <= this.max_bytes => {
+            (Some(bytes), Some(total))
+                if total <= this.max_bytes && state.whole.len() < MAX_TRANSFERS =>
+            {
                 state.bytes = total;
                 let (transfers, received) = (this.clone(), Vec::new());
                 Ok(Box::new(Incoming { transfers, transfer, bytes, received, is_whole: false }))

@@ -129,6 +129,8 @@ impl BackendStorage for Storage {
     }
 
     fn reduce_op(&self, op: ReduceOp, l: &Layout, dims: &[usize]) -> Result<Self> {
+        // candle divides by the stride of a dimension of size 1, which may be 0.
+        let l = &canonical(l);
         self.forward(|x| x.reduce_op(op, l, dims))
     }
 
@@ -225,6 +227,12 @@ impl BackendStorage for Storage {
         scale_h: Option<f64>,
         scale_w: Option<f64>,
     ) -> Result<Self> {
+        if let [_, _, h, w] = *l.dims()
+            && (h, w) == (height, width)
+        {
+            // candle returns the whole buffer here, whatever the view.
+            return self.to_dtype(l, self.dtype());
+        }
         self.forward(|x| x.upsample_bilinear2d(l, height, width, align_corners, scale_h, scale_w))
     }
 
@@ -284,8 +292,14 @@ impl BackendStorage for Storage {
         l: &Layout,
         rhs_l: &Layout,
     ) -> Result<Self> {
-        let rhs = rhs.elements()?;
-        self.forward(|x| x.matmul(rhs, bmnk, l, rhs_l))
+        let (l, rhs_l, elements) = (&canonical(l), &canonical(rhs_l), rhs.elements()?);
+        if bmnk.0 > 1 && !l.is_contiguous() && !rhs_l.is_contiguous() {
+            // Where rhs repeats, candle takes all batches for the rows of one matrix, which it then
+            // expects to lie evenly: others are read in the wrong place, even beyond the buffer.
+            let dense = self.to_dtype(l, self.dtype())?;
+            return dense.matmul(rhs, bmnk, &Layout::contiguous(l.shape().clone()), rhs_l);
+        }
+        self.forward(|x| x.matmul(elements, bmnk, l, rhs_l))
     }
 
     fn copy_strided_src(&self, dst: &mut Self, dst_offset: usize, l: &Layout) -> Result<()> {
@@ -308,5 +322,14 @@ impl BackendStorage for Storage {
 
     fn const_set(&mut self, value: Scalar, l: &Layout) -> Result<()> {
         self.elements_mut()?.const_set(value, l)
+    }
+}
+
+/// The same view with the strides of dimensions of size 1 as in row-major order, where the view is
+/// in that order: candle calls such a view contiguous, and then reads all of its strides.
+fn canonical(layout: &Layout) -> Layout {
+    match layout.is_contiguous() {
+        true => Layout::contiguous_with_offset(layout.shape().clone(), layout.start_offset()),
+        false => layout.clone(),
     }
 }

@@ -29,18 +29,30 @@ impl Op {
     /// # Errors
     /// Names the op and the shapes.
     pub fn infer(&self, args: &[Source<'_>]) -> Result<Meta> {
-        check_limits(args).and_then(|()| self.infer_checked(args)).map_err(|reason| {
-            let shape = |arg: &Source<'_>| {
-                format!("{:?} {}", arg.meta.layout.dims(), arg.meta.dtype.as_str())
-            };
-            let shapes = args.iter().map(shape).collect::<Vec<_>>().join(", ");
-            Error::other(format!("{} of ({shapes}): {reason}", self.name()))
-        })
+        let named = |reason: Error| reason.context(self.described(args));
+        check_limits(args).map_err(named)?;
+        match self {
+            // It names itself.
+            Op::Fused(op) => op.infer(&args.iter().map(|arg| arg.meta).collect::<Vec<_>>()),
+            op => op.infer_checked(args).map_err(named),
+        }
+    }
+
+    /// The op's name and the shapes that it was asked to work on, for messages.
+    pub fn described(&self, args: &[Source<'_>]) -> String {
+        let shape =
+            |arg: &Source<'_>| format!("{:?} {}", arg.meta.layout.dims(), arg.meta.dtype.as_str());
+        let shapes = args.iter().map(shape).collect::<Vec<_>>().join(", ");
+        format!("{} of ({shapes})", self.name())
     }
 
     fn infer_checked(&self, args: &[Source<'_>]) -> Result<Meta> {
         match self {
-            Op::Affine { .. } | Op::Powf { .. } | Op::Elu { .. } | Op::Unary(_) => {
+            Op::Affine { .. } => {
+                let [x] = exactly(args)?;
+                like(x, x.meta.dtype)
+            }
+            Op::Powf { .. } | Op::Elu { .. } | Op::Unary(_) => {
                 let [x] = exactly(args)?;
                 float(x)?;
                 like(x, x.meta.dtype)
@@ -66,7 +78,7 @@ impl Op {
                 if [scale_height, scale_width].into_iter().flatten().any(|s| !s.is_normal()) {
                     return Err(Error::other("a scale is no number"));
                 }
-                upsample_2d(*size, args)
+                bilinear_2d(*size, args)
             }
             Op::Gather { dim } => gather(*dim, args),
             Op::IndexSelect { dim } => index_select(*dim, args),
@@ -77,7 +89,7 @@ impl Op {
             Op::Matmul => matmul(args),
             Op::Copy => {
                 let [x] = exactly(args)?;
-                like(x, x.meta.dtype)
+                whole(x)
             }
             Op::Fused(op) => op.infer(&args.iter().map(|arg| arg.meta).collect::<Vec<_>>()),
             Op::ScatterSet { dim } | Op::ScatterAddSet { dim } => {
@@ -258,9 +270,22 @@ fn upsample_1d(width: usize, args: &[Source<'_>]) -> Result<Meta> {
     }
 }
 
-fn upsample_2d(size: Size2d, args: &[Source<'_>]) -> Result<Meta> {
+fn bilinear_2d(size: Size2d, args: &[Source<'_>]) -> Result<Meta> {
     let [x] = exactly(args)?;
     float(x)?;
+    upsample_2d(size, args)
+}
+
+/// A copy is of the whole buffer, in any order.
+fn whole(x: Source<'_>) -> Result<Meta> {
+    if x.meta.layout.shape().elem_count() != x.len {
+        return Err(Error::other(format!("not the whole buffer of {}", x.len)));
+    }
+    like(x, x.meta.dtype)
+}
+
+fn upsample_2d(size: Size2d, args: &[Source<'_>]) -> Result<Meta> {
+    let [x] = exactly(args)?;
     match *x.meta.layout.dims() {
         [batch, channels, height, width]
             if height > 0 && width > 0 && size.height > 0 && size.width > 0 =>

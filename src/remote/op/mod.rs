@@ -225,6 +225,12 @@ pub enum Compare {
     Gt,
 }
 
+impl Compare {
+    /// Every op of the table.
+    pub const ALL: &[Compare] =
+        &[Compare::Eq, Compare::Ne, Compare::Le, Compare::Ge, Compare::Lt, Compare::Gt];
+}
+
 impl From<ReduceOp> for Reduce {
     fn from(op: ReduceOp) -> Self {
         match op {

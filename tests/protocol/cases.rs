@@ -1,0 +1,129 @@
+//! Every case of the op table, on a worker and here.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CpuStorage, DType, Layout};
+use tiny_sd::Result;
+use tiny_sd::backend::{Backend, Device, HostTensor, MetaRef, View, cpu};
+use tiny_sd::remote::op::cases::{Case, Lie, cases};
+use tiny_sd::remote::op::execute::{execute, execute_in_place, from_bytes, to_bytes};
+use tiny_sd::remote::op::infer::Source;
+use tiny_sd::remote::op::{Op, cases};
+use tiny_sd::remote::storage::Storage;
+use tiny_sd::remote::wire::{Reader, Wire};
+
+use super::Worker;
+
+/// The case on a device: its result, read.
+fn run<B: Backend>(case: &Case, weight: &HostTensor, device: &B::Device) -> Result<CpuStorage> {
+    let buffers: Vec<B> = case
+        .operands
+        .iter()
+        .map(|(values, _)| device.storage_from_cpu_storage(values))
+        .collect::<candle_core::Result<_>>()?;
+    let operands = buffers.iter().zip(&case.operands);
+    let views: Vec<_> = operands.map(|(storage, (_, layout))| View { storage, layout }).collect();
+    let result = match &case.op {
+        op if op.is_in_place() => {
+            let (values, layout) = &case.operands[0];
+            let mut target = device.storage_from_cpu_storage(values)?;
+            execute_in_place(op, &mut target, layout, &views[1..])?;
+            target
+        }
+        // Large enough for a stream of its own.
+        Op::Received { dtype, len, .. } => {
+            let bytes: Vec<u8> = (0..len * dtype.size_in_bytes()).map(|i| i as u8).collect();
+            assert!(bytes.len() > tiny_sd::remote::wire::MAX_INLINE_BYTES);
+            device.storage_from_cpu_storage_owned(from_bytes(*dtype, &bytes)?)?
+        }
+        Op::Weight { dtype, .. } => device.upload(weight, *dtype)?,
+        op => execute(op, device, &views)?,
+    };
+    Ok(result.to_cpu_storage()?)
+}
+
+fn weight() -> Result<HostTensor> {
+    let bytes: Vec<u8> = (0..24).flat_map(|i| (i as f32 / 7.0).to_le_bytes()).collect();
+    HostTensor::new(DType::F32, Layout::contiguous(vec![2, 3, 4]), Arc::new(bytes), 0)
+}
+
+/// dtype and elements of what `infer` says.
+fn inferred(case: &Case) -> Result<(DType, usize)> {
+    let len = |values: &CpuStorage| Ok::<_, tiny_sd::Error>(to_bytes(values)?.len());
+    let sources = case.operands.iter().map(|(values, layout)| {
+        let meta = MetaRef { dtype: values.dtype(), layout };
+        Ok(Source { meta, len: len(values)? / values.dtype().size_in_bytes() })
+    });
+    let sources = sources.collect::<Result<Vec<_>>>()?;
+    let meta = case.op.infer(&sources)?;
+    // Ops in place give their target's view; what is read is all of it.
+    let count =
+        if case.op.is_in_place() { sources[0].len } else { meta.layout.shape().elem_count() };
+    Ok((meta.dtype, count))
+}
+
+#[test]
+fn every_op_gives_the_same_bits_on_a_worker_as_here() -> Result<()> {
+    let worker = Worker::new()?;
+    let weight = weight()?;
+    worker.insert(&weight)?;
+    let session = worker.connect("worker")?;
+    let mut unsupported = BTreeSet::new();
+    let mut ran = 0;
+    for case in cases() {
+        let what = format!("{:?} {} {:?}", case.op, case.dtype.as_str(), case.lie);
+        let here = run::<cpu::Storage>(&case, &weight, &worker.device);
+        let there = run::<Storage>(&case, &weight, &session.device());
+        match (here, there) {
+            (Ok(here), Ok(there)) => {
+                ran += 1;
+                let is_random = matches!(case.op, Op::RandUniform { .. } | Op::RandNormal { .. });
+                let (here_bytes, there_bytes) = (to_bytes(&here)?, to_bytes(&there)?);
+                assert_eq!(here.dtype(), there.dtype(), "{what}");
+                assert_eq!(here_bytes.len(), there_bytes.len(), "{what}");
+                assert!(is_random || here_bytes == there_bytes, "{what}");
+                let count = here_bytes.len() / here.dtype().size_in_bytes();
+                assert_eq!(inferred(&case)?, (here.dtype(), count), "{what}");
+            }
+            (Err(_), Err(there)) => {
+                let named = there.to_string().contains(case.op.name());
+                let is_prepared = there.to_string().contains("a prepared weight is not a tensor");
+                assert!(named || is_prepared, "{what}: {there}");
+                if case.lie == Lie::Contiguous {
+                    unsupported.insert(format!("{} {}", case.op.name(), case.dtype.as_str()));
+                }
+            }
+            (here, there) => panic!("{what}: here {here:?}, there {there:?}"),
+        }
+    }
+    // The CPU does the rest; prepared weights cannot be read.
+    let expected = ["prepare bf16", "prepare f16", "prepare f32"].map(String::from);
+    assert_eq!(unsupported, BTreeSet::from(expected));
+    assert!(ran > 1000, "{ran} cases ran");
+    let done = session.session().done(session.session().mark()?)?;
+    assert_eq!(done.memory_bytes, 0, "buffers were left behind");
+    Ok(())
+}
+
+#[test]
+fn every_op_has_cases() {
+    let tags: BTreeSet<u8> = cases()
+        .iter()
+        .map(|case| {
+            let mut bytes = Vec::new();
+            case.op.put(&mut bytes);
+            bytes[0]
+        })
+        .collect();
+    let is_known = |tag: &u8| {
+        let error = Op::get(&mut Reader::new(&[*tag])).err().map(|error| error.to_string());
+        !error.is_some_and(|error| error.contains("unknown Op"))
+    };
+    let known: BTreeSet<u8> = (0..=u8::MAX).filter(is_known).collect();
+    assert_eq!(tags, known);
+    for dtype in tiny_sd::remote::op::infer::DTYPES {
+        assert!(cases::cases().iter().any(|case| case.dtype == *dtype));
+    }
+}

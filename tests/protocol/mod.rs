@@ -1,0 +1,67 @@
+//! The remote device over an in-process network, against the CPU: calls, sessions, programs.
+
+mod bytes;
+mod cases;
+mod hostile;
+mod picture;
+mod programs;
+mod session;
+
+use tiny_sd::Result;
+use tiny_sd::backend::{HostTensor, cpu};
+use tiny_sd::remote::disk_library::{self, DiskLibrary};
+use tiny_sd::remote::executor::Limits;
+use tiny_sd::remote::loopback::Loopback;
+use tiny_sd::remote::op::Digest;
+use tiny_sd::remote::storage::Storage;
+use tiny_sd::remote::worker;
+
+use crate::views;
+
+pub const LIMITS: Limits = Limits { memory_bytes: 64 << 20, buffers: 10_000 };
+
+/// A worker on the CPU.
+pub struct Worker {
+    pub device: cpu::Device,
+    pub library: DiskLibrary,
+}
+
+impl Worker {
+    pub fn new() -> Result<Self> {
+        let library = DiskLibrary::in_memory(disk_library::Limits::new(64 << 20));
+        Ok(Self { device: cpu::Device::with_threads(1)?, library })
+    }
+
+    pub fn connect(&self, name: &str) -> Result<Loopback> {
+        self.connect_with(name, LIMITS)
+    }
+
+    pub fn connect_with(&self, name: &str, limits: Limits) -> Result<Loopback> {
+        let worker = worker::Worker::<cpu::Storage>::new(self.device.clone(), limits, 64 << 20);
+        Loopback::connect(name, &worker, self.library.session())
+    }
+
+    /// Puts a weight there, as if a client had sent it.
+    pub fn insert(&self, weight: &HostTensor) -> Result<Digest> {
+        let digest = Digest(weight.digest());
+        let (dtype, dims) = (weight.dtype(), weight.layout().dims());
+        let mut sink = self.library.session().receive(digest, dtype, dims)?;
+        let mut bytes = Vec::new();
+        weight.row_major(&mut |part| bytes.extend_from_slice(part));
+        sink.write(&bytes)?;
+        sink.finish()?;
+        Ok(digest)
+    }
+}
+
+#[test]
+fn chains_of_views_read_what_the_model_reads_on_a_worker() -> Result<()> {
+    let session = Worker::new()?.connect("worker")?;
+    views::chains_of_views_read_what_the_model_reads::<Storage>(&session.device())
+}
+
+#[test]
+fn a_strided_view_keeps_its_offset_on_a_worker() -> Result<()> {
+    let session = Worker::new()?.connect("worker")?;
+    views::a_strided_view_keeps_its_offset::<Storage>(&session.device())
+}
