@@ -55,7 +55,7 @@ impl<'a, B: Backend> Loader<'a, B> {
             |name: &str| seen.contains(name) || unused.iter().any(|start| name.starts_with(start));
         let names = self.checkpoint.iter().map(|(name, _)| name);
         mismatch.unexpected.extend(names.filter(|name| !expected(name)).map(str::to_owned));
-        mismatch.into_result("the weights do not fit config.json")
+        mismatch.into_result()
     }
 
     /// The tensor `name` in the first of `shapes`. Of one that is missing or has another shape a

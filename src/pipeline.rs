@@ -167,6 +167,13 @@ impl<B: Backend> Pipeline<B> {
             if let Some(text) = &encoding.truncated {
                 progress.report(Event::Truncated { which, text });
             }
+            let vocab_size = self.text_encoder.config.vocab_size;
+            if let Some(id) = encoding.ids.iter().find(|id| **id as usize >= vocab_size) {
+                return Err(Error::model(format!(
+                    "the parts of this model do not fit: the tokenizer's id {id} is beyond \
+                     text_encoder's vocab_size {vocab_size}"
+                )));
+            }
             ids.extend(encoding.ids);
         }
         let tokens = ids.len() / prompts.len();

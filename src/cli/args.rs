@@ -148,7 +148,7 @@ Examples:
   tiny-sd \"a fox\" --dtype f32 --device cpu --threads 8
   tiny-sd \"a fox\" -s 7 --count 4 -o fox.png      fox-1.png … fox-4.png with seeds 7 to 10
   tiny-sd \"a fox\" -q                             --quiet; -v, --verbose says more
-  tiny-sd worker --listen 0.0.0.0:4433 > url.txt  lend this machine (tiny-sd worker --help)
+  tiny-sd worker --listen 0.0.0.0:4433           lend this machine (tiny-sd worker --help)
   tiny-sd \"a fox\" --device @url.txt --stats      on that machine; --stats says what it did
 
 Environment:

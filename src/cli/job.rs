@@ -113,7 +113,8 @@ pub fn parse(
 ) -> Result<Request> {
     let command_line: Vec<OsString> = command_line.into_iter().collect();
     if command_line.get(1).is_some_and(|word| word == "worker") {
-        return worker::parse(command_line.into_iter().skip(1).collect());
+        let flags = command_line.into_iter().skip(2);
+        return worker::parse(std::iter::once("tiny-sd worker".into()).chain(flags).collect());
     }
     let args = match Args::try_parse_from(command_line) {
         Ok(args) => args,

@@ -74,8 +74,66 @@ pub fn show(help: &clap::Error) {
 /// Prints an error on standard error, on one line, and says the exit code.
 pub fn report(error: &Error) -> u8 {
     // Names in it come from files and servers: no line breaks, nothing that steers a terminal.
-    let text = error.to_string().replace(char::is_control, " ");
+    let text = without_secrets(&error.to_string().replace(char::is_control, " "));
     // Not eprintln: a closed standard error is no reason to panic.
     let _ = writeln!(std::io::stderr(), "error: {text}");
     error.kind().exit_code()
+}
+
+/// A pairing URL's token must not reach a terminal or a log, whatever a message quotes: of each
+/// `quic://TOKEN@` only the ends are kept. Where the `@` was cut off, all up to the next space
+/// goes.
+fn without_secrets(text: &str) -> String {
+    const SCHEME: &str = "quic://";
+    // So many hexadecimal digits are no host's name, but a cut token.
+    const TOKEN_LIKE: usize = 12;
+    let mut clean = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once(SCHEME) {
+        let word_len = after.find(char::is_whitespace).unwrap_or(after.len());
+        let (word, behind) = after.split_at(word_len);
+        let shown = word.rsplit_once('@').map_or("", |(_, host)| host);
+        let is_pattern = word.starts_with("TOKEN@") || word.starts_with('…');
+        clean.push_str(before);
+        clean.push_str(SCHEME);
+        let digits = word.chars().take_while(char::is_ascii_hexdigit).count();
+        if is_pattern || !word.contains('@') && digits < TOKEN_LIKE {
+            clean.push_str(word);
+        } else {
+            clean.push_str("***@");
+            clean.push_str(shown);
+        }
+        rest = behind;
+    }
+    clean.push_str(rest);
+    clean
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without_secrets;
+
+    #[test]
+    fn a_token_never_shows_whatever_a_message_quotes() {
+        let token = "0123456789abcdef".repeat(4);
+        let check = |message: String, expected: &str| {
+            assert_eq!(without_secrets(&message), expected);
+        };
+        check(
+            format!("invalid value 'quic://{token}@h:1?cert=ab' for '--device'"),
+            "invalid value 'quic://***@h:1?cert=ab' for '--device'",
+        );
+        check(
+            format!("quote it: \"a fox quic://{token}@h:1\""),
+            "quote it: \"a fox quic://***@h:1\"",
+        );
+        check(format!("quic://{token} and quic://{token}@h"), "quic://***@ and quic://***@h");
+        check(format!("quote it: quic://{}", &token[..20]), "quote it: quic://***@");
+        check("one of cpu, quic://… or mock".into(), "one of cpu, quic://… or mock");
+        check("quic://TOKEN@HOST:PORT is the form".into(), "quic://TOKEN@HOST:PORT is the form");
+        check(
+            "quic://127.0.0.1:4433 does not answer".into(),
+            "quic://127.0.0.1:4433 does not answer",
+        );
+    }
 }

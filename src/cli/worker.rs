@@ -71,6 +71,7 @@ pub struct WorkerJob {
     pub idle_timeout: Option<u32>,
 
     /// File with the certificate and the token; made if it is not there
+    /// [default: ~/.local/state/tiny-sd/worker-identity]
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 
@@ -82,8 +83,11 @@ pub struct WorkerJob {
 const EXAMPLES: &str = "\
 Examples:
   tiny-sd worker --listen 0.0.0.0:4433              for other machines
-  tiny-sd worker --listen 127.0.0.1:0 > url.txt     any free port, for this machine
-  tiny-sd \"a fox\" --device @url.txt                 a client
+  (umask 077; tiny-sd worker --listen 127.0.0.1:0 > url.txt)
+                                                    any free port; the URL is secret
+  tiny-sd \"a fox\" --device @url.txt                 a client, whose token does not show in ps
+
+Exit codes: 0 ended as asked, 1 a file or the network that cannot be used, 2 a wrong command line.
 
 SIGTERM or Ctrl-C ends it when the running sessions have ended, a second one at once.";
 

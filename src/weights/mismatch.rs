@@ -44,8 +44,8 @@ impl Mismatch {
     /// Nothing if nothing differs.
     ///
     /// # Errors
-    /// One line that begins with `what` (the component or file) and names what differs.
-    pub fn into_result(self, what: &str) -> Result<()> {
+    /// One line that names what differs; the caller knows of which component.
+    pub fn into_result(self) -> Result<()> {
         let mut message = String::new();
         let mut list = |count: usize, kind: &str, names: &mut dyn Iterator<Item = String>| {
             if count == 0 {
@@ -73,7 +73,7 @@ impl Mismatch {
         if message.is_empty() {
             return Ok(());
         }
-        Err(Error::model(format!("{what}: the weights do not fit its config.json: {message}")))
+        Err(Error::model(format!("the weights do not fit its config.json: {message}")))
     }
 }
 
@@ -97,10 +97,10 @@ mod tests {
         let check = |expected: &[(&str, &[usize])], message: &str| {
             let expected: Vec<_> =
                 expected.iter().map(|(name, shape)| (name.to_string(), shape.to_vec())).collect();
-            let result = Mismatch::between(&expected, &checkpoint).into_result("unet");
+            let result = Mismatch::between(&expected, &checkpoint).into_result();
             let found = result.err().map_or(String::new(), |error| error.to_string());
             assert_eq!(
-                found.trim_start_matches("unet: the weights do not fit its config.json: "),
+                found.trim_start_matches("the weights do not fit its config.json: "),
                 message
             );
         };
@@ -116,7 +116,7 @@ mod tests {
     fn long_lists_are_cut_and_counted() {
         let missing = (0..700).map(|n| format!("block.{n}.weight")).collect();
         let mismatch = Mismatch { missing, ..Mismatch::default() };
-        let error = mismatch.into_result("vae").unwrap_err().to_string();
+        let error = mismatch.into_result().unwrap_err().to_string();
         assert!(error.contains("700 missing: \"block.0.weight\""), "{error}");
         assert!(error.ends_with("\"block.7.weight\" and 692 more"), "{error}");
     }
