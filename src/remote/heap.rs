@@ -57,6 +57,11 @@ fn bytes(meta: &Meta) -> u64 {
     meta.layout.shape().elem_count() as u64 * meta.dtype.size_in_bytes() as u64
 }
 
+/// Elements, were no dimension empty: how often a loop over the dimensions may run.
+fn extent(layout: &Layout) -> u64 {
+    layout.dims().iter().fold(1u64, |extent, &dim| extent.saturating_mul(dim.max(1) as u64))
+}
+
 /// Why a buffer could not be made: the first cause, handed on by everything that needed it.
 pub type Poison = Arc<str>;
 
@@ -133,7 +138,9 @@ impl<B: Backend> Heap<B> {
     /// # Errors
     /// Says how much was needed and how much is left.
     pub fn check_room(&self, meta: &Meta) -> Result<()> {
-        let (needed, used, max) = (bytes(meta), self.used_bytes(), self.max_bytes);
+        let (used, max) = (self.used_bytes(), self.max_bytes);
+        // An empty result of a large shape costs no memory, but work.
+        let needed = extent(&meta.layout).saturating_mul(meta.dtype.size_in_bytes() as u64);
         if used.saturating_add(needed) > max {
             return Err(Error::other(format!(
                 "out of memory: {needed} bytes beside the {used} in use are more than the \
@@ -149,9 +156,9 @@ impl<B: Backend> Heap<B> {
     /// # Errors
     /// If it repeats a buffer to more than the session may have.
     pub fn check_view(&self, buffer: &Buffer<B>, view: &Layout) -> Result<()> {
-        let count = view.shape().elem_count();
-        let bytes = (count as u64).saturating_mul(buffer.meta.dtype.size_in_bytes() as u64);
-        if count > buffer.elem_count() && bytes > self.max_bytes {
+        let count = extent(view);
+        let bytes = count.saturating_mul(buffer.meta.dtype.size_in_bytes() as u64);
+        if count > buffer.elem_count() as u64 && bytes > self.max_bytes {
             let (dims, max) = (view.dims(), self.max_bytes);
             return Err(Error::other(format!(
                 "a view repeats {} elements to {dims:?}, more than the session's {max} bytes \
@@ -178,6 +185,10 @@ impl<B: Backend> Heap<B> {
 pub fn view_of<B>(buffer: &Buffer<B>, operand: &Operand) -> Result<Layout> {
     match &operand.layout {
         None => Ok(buffer.meta.layout.clone()),
+        // Where it begins and how it steps means nothing, and could be anything.
+        Some(layout) if layout.dims().contains(&0) => {
+            Ok(Layout::contiguous(layout.shape().clone()))
+        }
         Some(layout) if fits(layout, buffer.elem_count()) => Ok(layout.clone()),
         Some(layout) => Err(Error::other(format!(
             "a view of shape {:?}, strides {:?}, offset {} reaches beyond its {} elements",

@@ -13,7 +13,6 @@ pub mod hello;
 pub mod library;
 pub mod loopback;
 pub mod message;
-pub mod null;
 pub mod op;
 mod program;
 pub mod quic;

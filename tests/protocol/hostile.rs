@@ -79,6 +79,30 @@ impl Victim {
     }
 }
 
+/// An empty view may say that it begins anywhere; and a large shape that is empty in one dimension
+/// costs no memory, but work.
+#[test]
+fn empty_views_and_empty_results_cost_nothing_wherever_they_claim_to_be() -> Result<()> {
+    let victim = Victim::new(LIMITS)?;
+    let session = victim.session.session();
+    let nothing = || view(victim.flat, &[0, 3], &[9, 9], LARGE);
+    for (op, args) in [
+        (Op::Affine { mul: 1.0, add: 0.0 }, vec![nothing()]),
+        (Op::Fused(Fused::Cat { dim: 0 }), vec![nothing()]),
+        (Op::Matmul, vec![nothing(), view(victim.flat, &[3, 2], &[2, 1], 0)]),
+    ] {
+        let made = session.call(Call { op: op.clone(), args })?;
+        assert_eq!(session.data(session.read(made, 0)?)?, [0u8; 0], "{op:?}");
+    }
+    let large = 1 << 40;
+    let zeros = Op::Zeros { dtype: DType::F32, dims: vec![large, 0] };
+    assert!(victim.refusal(zeros, vec![])?.contains("--session-memory"));
+    let repeated = vec![view(victim.flat, &[large, 0], &[0, 1], 0)];
+    let text = victim.refusal(Op::Affine { mul: 1.0, add: 0.0 }, repeated)?;
+    assert!(text.contains("--session-memory"), "{text}");
+    victim.is_alive()
+}
+
 #[test]
 fn views_that_do_not_fit_their_buffer_are_refused() -> Result<()> {
     let victim = Victim::new(LIMITS)?;
