@@ -239,6 +239,8 @@ mod tests {
             (DPM, "lower_order_final", json!("yes")),
             (DPM, "beta_schedule", json!("sigmoid")),
             (DPM, "beta_start", json!(null)),
+            (DPM, "beta_start", json!(-1)),
+            (DPM, "beta_end", json!(1e308)),
             (DPM, "trained_betas", json!([0.1, 0.2])),
             (DPM, "trained_betas", json!("many")),
             (DPM, "num_train_timesteps", json!(0)),

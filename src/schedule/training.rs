@@ -102,6 +102,15 @@ pub(super) fn interpolate(sigmas: &[f32], timestep: f64) -> f64 {
     f64::from(value as f32)
 }
 
+/// A share of noise: outside of 0 to 1 no run would end in numbers, whatever its steps.
+fn share(fields: &Fields, name: &str, default: f64) -> Result<f64> {
+    let share = fields.number(name, default)?;
+    if (0.0..1.0).contains(&share) {
+        return Ok(share);
+    }
+    Err(fields.refuse(format!("{name} is {share}, not from 0 to 1")))
+}
+
 fn betas(fields: &Fields) -> Result<Vec<f32>> {
     let count = num_train_timesteps(fields)?;
     if let Some(trained) = fields.numbers("trained_betas")? {
@@ -113,8 +122,8 @@ fn betas(fields: &Fields) -> Result<Vec<f32>> {
         }
         return Ok(trained.into_iter().map(|beta| beta as f32).collect());
     }
-    let start = fields.number("beta_start", 0.0001)?;
-    let end = fields.number("beta_end", 0.02)?;
+    let start = share(fields, "beta_start", 0.0001)?;
+    let end = share(fields, "beta_end", 0.02)?;
     let known = [
         ("linear", BetaSchedule::Linear),
         ("scaled_linear", BetaSchedule::ScaledLinear),

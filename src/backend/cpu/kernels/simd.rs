@@ -3,6 +3,7 @@
 
 /// The instructions that kernels are compiled for; the best that the processor has is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "other processors have none"))]
 pub enum Isa {
     /// x86-64 with AVX-512 F.
     Avx512,
