@@ -3,6 +3,8 @@
 //!
 //! diffusers' `StableDiffusionPipeline`: the same seed and settings give the same picture.
 
+mod loading;
+
 use std::collections::VecDeque;
 
 use candle_core::DType;
@@ -10,47 +12,49 @@ use candle_core::DType;
 use crate::backend::{Backend, Device, Noise, Size2d};
 use crate::error::{Error, Result};
 use crate::image::{ImageSize, Picture};
-use crate::model::clip::TextConfig;
-use crate::model::unet::{TextKeyValues, UNetConfig};
-use crate::model::vae::VaeConfig;
+use crate::model::unet::TextKeyValues;
 use crate::model::{Decoder, TextEncoder, UNet};
-use crate::nn::Loader;
 use crate::progress::{Event, Progress};
 use crate::rng;
-use crate::schedule::{Combination, Plan, Scheduler, SchedulerConfig, SchedulerKind, Source, Step};
+use crate::schedule::{Combination, Plan, Scheduler, SchedulerKind, Source, Step};
 use crate::tensor::{Tensor, program};
 use crate::tokenizer::Tokenizer;
-use crate::weights::{Checkpoint, Component, ModelFolder, Variant};
+
+pub use loading::LoadOptions;
 
 /// Steps that may be under way on a remote device while the next ones are sent.
 const RUN_AHEAD: usize = 4;
-/// How the names of weights begin that no picture needs: the way from pixels to latents.
-const UNUSED: [&str; 2] = ["encoder.", "quant_conv."];
 
-/// A model on a device, ready to make pictures.
-pub struct Pipeline<B: Backend> {
+/// A model ready to make pictures, each stage on a device of its own backend, or all on one.
+pub struct Pipeline<T: Backend, U: Backend = T, V: Backend = T> {
     /// Prompt to ids.
     pub tokenizer: Tokenizer,
     /// Ids to embeddings.
-    pub text_encoder: TextEncoder<B>,
+    pub text_encoder: TextEncoder<T>,
     /// Latents to a prediction.
-    pub unet: UNet<B>,
+    pub unet: UNet<U>,
     /// Latents to an image.
-    pub vae: Decoder<B>,
+    pub vae: Decoder<V>,
     /// Predictions to latents.
     pub scheduler: Scheduler,
-    device: B::Device,
+    devices: Placement<T, U, V>,
 }
 
-/// How a model is loaded.
-#[derive(Debug, Clone)]
-pub struct LoadOptions {
-    /// What it computes in.
-    pub dtype: DType,
-    /// Which of several forms of the weights.
-    pub variant: Option<Variant>,
-    /// Instead of the model's own scheduler.
-    pub scheduler: Option<SchedulerKind>,
+/// Where each stage of a pipeline is.
+pub struct Placement<T: Backend, U: Backend = T, V: Backend = T> {
+    /// Of the text encoder.
+    pub text: T::Device,
+    /// Of the UNet, and of what the scheduler does with its predictions.
+    pub unet: U::Device,
+    /// Of the VAE.
+    pub vae: V::Device,
+}
+
+impl<B: Backend> Placement<B> {
+    /// All on one device.
+    pub fn whole(device: &B::Device) -> Self {
+        Self { text: device.clone(), unet: device.clone(), vae: device.clone() }
+    }
 }
 
 /// One picture.
@@ -70,41 +74,7 @@ pub struct PictureRequest<'a> {
     pub size: ImageSize,
 }
 
-impl<B: Backend> Pipeline<B> {
-    /// Loads a model in diffusers layout onto a device.
-    ///
-    /// # Errors
-    /// Names the file, the field or the tensors that are missing or not covered.
-    pub fn load(
-        folder: &ModelFolder,
-        options: &LoadOptions,
-        device: &B::Device,
-        progress: &dyn Progress,
-    ) -> Result<Self> {
-        // Configurations first: what is not covered is found before any weight is read.
-        let scheduler = SchedulerConfig::parse(&folder.scheduler_config()?)?;
-        let scheduler = match options.scheduler {
-            Some(kind) => scheduler.for_scheduler(kind)?,
-            None => scheduler.scheduler()?,
-        };
-        let tokenizer = Tokenizer::open(&folder.tokenizer_dir())?;
-        let text = TextConfig::parse(&folder.config(Component::TextEncoder)?)?;
-        let unet = UNetConfig::parse(&folder.config(Component::Unet)?)?;
-        let vae = VaeConfig::parse(&folder.config(Component::Vae)?)?;
-        check_fit(&tokenizer, &text, &unet, &vae)?;
-        let loading = Loading::new(folder, options, device, progress)?;
-        loading.announce::<B>()?;
-        Ok(Self {
-            text_encoder: loading
-                .component(Component::TextEncoder, |loader| TextEncoder::load(text, loader))?,
-            unet: loading.component(Component::Unet, |loader| UNet::load(unet, loader))?,
-            vae: loading.component(Component::Vae, |loader| Decoder::load(vae, loader))?,
-            tokenizer,
-            scheduler,
-            device: device.clone(),
-        })
-    }
-
+impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
     /// The size the model was trained for.
     pub fn default_size(&self) -> ImageSize {
         let side = self.unet.config.sample_size * self.vae.config.scale_factor();
@@ -123,6 +93,7 @@ impl<B: Backend> Pipeline<B> {
     pub fn paint(&self, request: &PictureRequest<'_>, progress: &dyn Progress) -> Result<Picture> {
         let latents = self.latents(request, progress, &mut |_| Ok(()))?;
         progress.report(Event::Decoding);
+        let latents = latents.to_device::<V>(&self.devices.vae)?;
         let image = self.vae.forward(&latents)?; // (1, 3, height, width)
         let rgb = image.pixels()?.to_vec::<u8>()?; // (1, height, width, 3)
         progress.report(Event::Done);
@@ -138,12 +109,13 @@ impl<B: Backend> Pipeline<B> {
         &self,
         request: &PictureRequest<'_>,
         progress: &dyn Progress,
-        observe: &mut dyn FnMut(&Tensor<B>) -> Result<()>,
-    ) -> Result<Tensor<B>> {
+        observe: &mut dyn FnMut(&Tensor<U>) -> Result<()>,
+    ) -> Result<Tensor<U>> {
         let size = self.latent_size(request.size)?;
         let plan = self.scheduler.plan(request.steps)?;
         let guidance = Guidance::new(request.guidance_scale);
         let embeddings = self.encode(request, guidance, progress)?; // (1 or 2, 77, hidden)
+        let embeddings = embeddings.to_device::<U>(&self.devices.unet)?;
         let text = self.unet.text_key_values(&embeddings)?;
         let denoising = Denoising { size, guidance, text: &text, seed: request.seed };
         self.denoise(&plan, &denoising, progress, observe)
@@ -155,7 +127,7 @@ impl<B: Backend> Pipeline<B> {
         request: &PictureRequest<'_>,
         guidance: Guidance,
         progress: &dyn Progress,
-    ) -> Result<Tensor<B>> {
+    ) -> Result<Tensor<T>> {
         let prompt = ("prompt", request.prompt);
         let prompts = match guidance {
             Guidance::None => vec![prompt],
@@ -177,33 +149,35 @@ impl<B: Backend> Pipeline<B> {
             ids.extend(encoding.ids);
         }
         let tokens = ids.len() / prompts.len();
-        self.text_encoder.forward(&Tensor::from_slice(&ids, (prompts.len(), tokens), &self.device)?)
+        let ids = Tensor::from_slice(&ids, (prompts.len(), tokens), &self.devices.text)?;
+        self.text_encoder.forward(&ids) // (1 or 2, 77, hidden)
     }
 
     /// Noise to latents (1, channels, height, width) in f32, by the plan's evaluations of the UNet.
     fn denoise(
         &self,
         plan: &Plan,
-        denoising: &Denoising<'_, B>,
+        denoising: &Denoising<'_, U>,
         progress: &dyn Progress,
-        observe: &mut dyn FnMut(&Tensor<B>) -> Result<()>,
-    ) -> Result<Tensor<B>> {
+        observe: &mut dyn FnMut(&Tensor<U>) -> Result<()>,
+    ) -> Result<Tensor<U>> {
         let &Denoising { size, guidance, text, seed } = denoising;
         let shape = [1, self.unet.config.in_channels, size.height, size.width];
         let mut noise = NoiseStream { seed, drawn: 0 };
-        let mut sample = noise.draw::<B>(shape, &self.device)?;
+        let mut sample = noise.draw::<U>(shape, &self.devices.unet)?;
         if plan.init_noise_sigma != 1.0 {
             sample = Tensor::linear_combination(&[(plan.init_noise_sigma, &sample)])?;
         }
         observe(&sample)?;
-        let mut stored: Vec<Option<Tensor<B>>> = vec![None; plan.slots()];
+        let mut stored: Vec<Option<Tensor<U>>> = vec![None; plan.slots()];
         let mut marks = VecDeque::new();
         let total = plan.steps.len();
         progress.report(Event::Step { done: 0, total });
         for (index, step) in plan.steps.iter().enumerate() {
             progress.check()?;
             let output = self.predict(&sample, step, guidance, text)?;
-            let noise = step.draws_noise().then(|| noise.draw(shape, &self.device)).transpose()?;
+            let noise =
+                step.draws_noise().then(|| noise.draw(shape, &self.devices.unet)).transpose()?;
             let sources = Sources { sample: &sample, output: &output, noise, stored: &stored };
             // All from what was there before the step; only then does anything change.
             let stores = step.stores.iter().map(|store| sources.combine(&store.value));
@@ -214,10 +188,10 @@ impl<B: Backend> Pipeline<B> {
             }
             sample = next;
             observe(&sample)?;
-            marks.push_back(self.device.mark()?);
+            marks.push_back(self.devices.unet.mark()?);
             while marks.len() > RUN_AHEAD || (index + 1 == total && !marks.is_empty()) {
                 if let Some(mark) = marks.pop_front() {
-                    self.device.wait(mark)?;
+                    self.devices.unet.wait(mark)?;
                     progress.report(Event::Step { done: index + 1 - marks.len(), total });
                 }
             }
@@ -228,23 +202,23 @@ impl<B: Backend> Pipeline<B> {
     /// The UNet's prediction (1, channels, height, width) in f32, guided.
     fn predict(
         &self,
-        sample: &Tensor<B>,
+        sample: &Tensor<U>,
         step: &Step,
         guidance: Guidance,
-        text: &TextKeyValues<B>,
-    ) -> Result<Tensor<B>> {
+        text: &TextKeyValues<U>,
+    ) -> Result<Tensor<U>> {
         let mut input = sample.clone();
         if step.input_scale != 1.0 {
             input = Tensor::linear_combination(&[(step.input_scale, sample)])?;
         }
-        let timestep = Tensor::from_slice(&[step.timestep as f32], 1, &self.device)?;
+        let timestep = Tensor::from_slice(&[step.timestep as f32], 1, &self.devices.unet)?;
         let [_, channels, height, width] = sample.dims_exact()?;
-        let evaluate = |input: &Tensor<B>| {
+        let evaluate = |input: &Tensor<U>| {
             let name = format!("unet {}", self.unet.identity());
             let inputs = [vec![input, &timestep], text.tensors()].concat();
             // A device may replay this, so whatever varies, from step to step or from picture to
             // picture, is an input.
-            program(&name, &self.device, &inputs, || {
+            program(&name, &self.devices.unet, &inputs, || {
                 self.unet.forward(input, &timestep, text)?.to_dtype(DType::F32)
             })
         };
@@ -335,95 +309,5 @@ impl<B: Backend> Sources<'_, B> {
         let term = |&(source, weight): &(Source, f64)| Ok((weight, self.get(source)?));
         let terms = combination.terms().iter().map(term).collect::<Result<Vec<_>>>()?;
         Tensor::linear_combination(&terms)
-    }
-}
-
-/// The parts of a model must be of one model: else a kernel would find out, in other words.
-fn check_fit(
-    tokenizer: &Tokenizer,
-    text: &TextConfig,
-    unet: &UNetConfig,
-    vae: &VaeConfig,
-) -> Result<()> {
-    let differ = |what: &str, a: usize, b: usize| {
-        Err(Error::model(format!("the parts of this model do not fit: {what}, {a} and {b}")))
-    };
-    if tokenizer.length() > text.max_position_embeddings {
-        let (tokens, positions) = (tokenizer.length(), text.max_position_embeddings);
-        return differ("tokens of the tokenizer and positions of text_encoder", tokens, positions);
-    }
-    if unet.cross_attention_dim != text.hidden_size {
-        let (unet, text) = (unet.cross_attention_dim, text.hidden_size);
-        return differ("cross_attention_dim of unet and hidden_size of text_encoder", unet, text);
-    }
-    if unet.in_channels != vae.latent_channels || unet.out_channels != vae.latent_channels {
-        let (unet, vae) = (unet.in_channels, vae.latent_channels);
-        return differ("in_channels or out_channels of unet and latent_channels of vae", unet, vae);
-    }
-    Ok(())
-}
-
-/// Where weights come from and go to.
-struct Loading<'a, D> {
-    /// In the order of use.
-    checkpoints: [(Component, Checkpoint); 3],
-    dtype: DType,
-    device: &'a D,
-    progress: &'a dyn Progress,
-}
-
-impl<'a, D> Loading<'a, D> {
-    fn new(
-        folder: &ModelFolder,
-        options: &LoadOptions,
-        device: &'a D,
-        progress: &'a dyn Progress,
-    ) -> Result<Self> {
-        let open = |component| -> Result<_> {
-            Ok((component, folder.checkpoint(component, options.variant.as_ref())?))
-        };
-        let [text, unet, vae] = Component::ALL.map(open);
-        Ok(Self { checkpoints: [text?, unet?, vae?], dtype: options.dtype, device, progress })
-    }
-
-    /// Names all weights at once, so that a remote device asks once for all of them.
-    fn announce<B: Backend<Device = D>>(&self) -> Result<()>
-    where
-        D: Device<Storage = B>,
-    {
-        let is_used = |name: &str| !UNUSED.iter().any(|start| name.starts_with(start));
-        let all = self.checkpoints.iter().flat_map(|(_, checkpoint)| checkpoint.iter());
-        let tensors: Vec<_> =
-            all.filter(|(name, _)| is_used(name)).map(|(_, tensor)| tensor).collect();
-        self.device.announce(&tensors, &mut |done, total| {
-            if total > 0 {
-                self.progress.report(Event::Sending { done, total });
-            }
-            self.progress.check()
-        })
-    }
-
-    fn component<B: Backend<Device = D>, M>(
-        &self,
-        component: Component,
-        load: impl FnOnce(Loader<'_, B>) -> Result<M>,
-    ) -> Result<M>
-    where
-        D: Device<Storage = B>,
-    {
-        let name = component.folder();
-        let found = self.checkpoints.iter().find(|(of, _)| *of == component);
-        let (_, checkpoint) =
-            found.ok_or_else(|| Error::other(format!("{name} was not opened")))?;
-        let total = checkpoint.iter().map(|(_, tensor)| tensor.byte_len()).sum();
-        let mut done = 0;
-        let mut loaded = |bytes: u64| {
-            done += bytes;
-            self.progress.report(Event::Loading { component: name, done, total });
-            self.progress.check()
-        };
-        loaded(0)?;
-        load(Loader::new(checkpoint, self.device, self.dtype, &mut loaded))
-            .map_err(|error| error.context(name))
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor as Golden};
 use tiny_sd::backend::cpu;
 use tiny_sd::image::{ImageSize, Picture};
-use tiny_sd::pipeline::{LoadOptions, PictureRequest, Pipeline};
+use tiny_sd::pipeline::{LoadOptions, PictureRequest, Pipeline, Placement};
 use tiny_sd::progress::Silent;
 use tiny_sd::schedule::SchedulerKind;
 use tiny_sd::tensor::Tensor;
@@ -30,7 +30,7 @@ fn goldens(model: &str, file: &str) -> HashMap<String, Golden> {
 pub fn load(model: &str, scheduler: Option<SchedulerKind>, device: &cpu::Device) -> Pipeline<Cpu> {
     let folder = ModelFolder::open(fixtures().join("models").join(model)).unwrap();
     let options = LoadOptions { dtype: DType::F32, variant: None, scheduler };
-    Pipeline::load(&folder, &options, device, &Silent).unwrap()
+    Pipeline::load(&folder, &options, Placement::whole(device), &Silent).unwrap()
 }
 
 fn device() -> cpu::Device {

@@ -110,6 +110,24 @@ fn a_worker_inside_of_the_process_does_too_and_several_pictures_share_one_record
 }
 
 #[test]
+fn stages_on_devices_of_their_own_make_the_same_picture() {
+    let folder = tempfile::tempdir().unwrap();
+    let worker = Worker::start();
+    let url = &worker.url;
+    let (here, there) = (folder.path().join("here.png"), folder.path().join("there.png"));
+    succeeds(&paint("tiny", "cpu", &here, &[]));
+    for (device, links) in [
+        (format!("text=cpu,unet={url},vae={url}"), 1),
+        (format!("text={url},unet=cpu,vae=mock"), 2),
+        (format!("unet={url},vae=mock"), 2),
+    ] {
+        let stderr = succeeds(&paint("tiny", &device, &there, &[]));
+        assert_eq!(std::fs::read(&here).unwrap(), std::fs::read(&there).unwrap(), "{stderr}");
+        assert_eq!(stderr.matches("worker 127.0.0.1:").count(), links, "{stderr}");
+    }
+}
+
+#[test]
 fn the_second_run_sends_no_weights_even_after_the_worker_was_killed() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("x.png");

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Parser};
 
-use super::device::DeviceSpec;
+use super::device::DevicePlan;
 use super::model::{HubName, ModelSource};
 use super::values::{Count, DtypeChoice, GuidanceScale, Side, Steps};
 use crate::schedule::SchedulerKind;
@@ -97,8 +97,11 @@ pub(super) struct Args {
     pub dtype: DtypeChoice,
 
     /// Where it is computed: auto, cpu, quic://… of a worker, @FILE with such a URL, or mock
+    ///
+    /// text=DEVICE,unet=DEVICE,vae=DEVICE places the stages; one that is not named is auto. mock
+    /// is a worker inside of this process.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    pub device: DeviceSpec,
+    pub device: DevicePlan,
 
     /// Threads of the CPU [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -150,13 +153,14 @@ Examples:
   tiny-sd \"a fox\" -q                             --quiet; -v, --verbose says more
   tiny-sd worker --listen 0.0.0.0:4433           lend this machine (tiny-sd worker --help)
   tiny-sd \"a fox\" --device @url.txt --stats      on that machine; --stats says what it did
+  tiny-sd \"a fox\" --device text=cpu,unet=@url.txt,vae=@url.txt
 
 Environment:
   HF_HOME           where downloaded models are kept [default: ~/.cache/huggingface]
   HF_TOKEN          token for repositories that ask for one
   HF_ENDPOINT       another hub [default: https://huggingface.co]
   HF_HUB_OFFLINE    1 is --offline
-  TINY_SD_DEVICE    what --device auto means: cpu, quic://… or @FILE
+  TINY_SD_DEVICE    what --device auto means: whatever --device takes
 
 Exit codes:
   0    the pictures are written

@@ -9,7 +9,7 @@ use clap::Parser;
 
 use super::args::Args;
 use super::command::{self, Word};
-use super::device::DeviceSpec;
+use super::device::DevicePlan;
 use super::model::{HubName, ModelSource};
 use super::output::OutputPlan;
 use super::values::{Count, DtypeChoice, GuidanceScale, SizeRequest, Steps, Verbosity};
@@ -48,7 +48,7 @@ pub struct Job {
     /// Number type of the computation.
     pub dtype: DtypeChoice,
     /// Where it is computed.
-    pub device: DeviceSpec,
+    pub device: DevicePlan,
     /// Threads of the CPU; `None` is one per core.
     pub threads: Option<u16>,
     /// Number of pictures.
@@ -256,6 +256,7 @@ pub(super) fn usage(error: &clap::Error) -> Error {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::device::DeviceSpec;
     use super::*;
     use crate::cli::values::Side;
     use crate::error::Kind;
@@ -321,7 +322,7 @@ pub(super) mod tests {
             size: SizeRequest::default(),
             scheduler: None,
             dtype: DtypeChoice::Auto,
-            device: DeviceSpec::Auto,
+            device: DevicePlan::whole(DeviceSpec::Auto),
             threads: None,
             count: "1".parse().unwrap(),
             output: OutputPlan::Fresh("tiny-sd-{seed}.png".into()),
@@ -357,7 +358,7 @@ pub(super) mod tests {
                 job.scheduler = Some(SchedulerKind::DpmSolverMultistep)
             }),
             ("x|--dtype|bf16", |job| job.dtype = DtypeChoice::Bf16),
-            ("x|--device|cpu", |job| job.device = DeviceSpec::Cpu),
+            ("x|--device|cpu", |job| job.device = DevicePlan::whole(DeviceSpec::Cpu)),
             ("x|--threads|3", |job| job.threads = Some(3)),
             ("x|-q", |job| job.verbosity = Verbosity::Quiet),
             ("x|--verbose", |job| job.verbosity = Verbosity::Verbose),

@@ -13,6 +13,7 @@ mod job;
 mod model;
 mod output;
 mod painter;
+mod places;
 mod remote;
 mod run;
 mod values;
@@ -23,7 +24,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::io::{IsTerminal, Read, Write};
 use std::path::Path;
 
-pub use device::DeviceSpec;
+pub use device::{DevicePlan, DeviceSpec};
 pub use job::{At, Job, MAX_PROMPT_BYTES, Request, Surroundings, parse};
 pub use model::{HubName, ModelSource};
 pub use output::{OutputPlan, Target};

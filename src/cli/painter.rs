@@ -5,23 +5,21 @@ use std::path::PathBuf;
 
 use candle_core::DType;
 
-use super::device::DeviceSpec;
 use super::interrupt;
 use super::job::Job;
 use super::model::ModelSource;
-use super::remote::{Link, RemotePainter};
+use super::places::{OnBackend, Place, PlacedPainter, Places};
 use super::run::Painter;
 use super::values::DtypeChoice;
-use crate::backend::{Backend, Device as _, cpu};
+use crate::backend::{Backend, Device as _};
 use crate::error::{Kind, Result};
 use crate::image::{ImageSize, Picture};
-use crate::pipeline::{LoadOptions, PictureRequest, Pipeline};
+use crate::pipeline::{LoadOptions, PictureRequest, Pipeline, Placement};
 use crate::progress::{Event, Progress};
-use crate::remote;
 use crate::weights::hub::{self, Hub, HubOptions, Repository, Revision};
 use crate::weights::{Component, ModelFolder, Variant, choose, config_files, json};
 
-/// Loads the job's model onto its device.
+/// Loads the job's model onto its devices.
 ///
 /// # Errors
 /// If the model cannot be had or is not covered, or the device is not there.
@@ -32,46 +30,77 @@ pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
         ModelSource::Hub(name) => download(job, name, variant.as_ref(), progress)?,
     };
     let folder = ModelFolder::open(path)?;
-    let threads = job.threads.map_or(0, usize::from);
-    let open_linked = |link: Link| -> Result<Box<dyn Painter>> {
-        let device = link.device();
-        let variant = variant.clone();
-        let painter =
-            open_on::<remote::storage::Storage>(&device, &folder, variant, job, progress)?;
-        Ok(Box::new(RemotePainter { painter, link }))
-    };
-    match job.device.resolve()? {
-        DeviceSpec::Remote(url) => open_linked(Link::open(&url)?),
-        DeviceSpec::Mock => open_linked(Link::mock(threads)?),
-        DeviceSpec::Auto | DeviceSpec::Cpu => open_on::<cpu::Storage>(
-            &cpu::Device::with_threads(threads)?,
-            &folder,
-            variant,
-            job,
-            progress,
-        ),
+    let places = Places::open(&job.device.resolve()?, job.threads.map_or(0, usize::from))?;
+    let [text, unet, vae] = places.stages.clone();
+    let painter = text.on(WithText { unet, vae, load: Load { folder, variant, job, progress } })?;
+    Ok(Box::new(PlacedPainter { painter, places }))
+}
+
+/// What is the same wherever the stages are.
+struct Load<'a> {
+    folder: ModelFolder,
+    variant: Option<Variant>,
+    job: &'a Job,
+    progress: &'a dyn Progress,
+}
+
+/// The text encoder's place is to be found.
+struct WithText<'a> {
+    unet: Place,
+    vae: Place,
+    load: Load<'a>,
+}
+
+impl OnBackend for WithText<'_> {
+    type Output = Result<Box<dyn Painter>>;
+
+    fn run<T: Backend>(self, text: T::Device) -> Self::Output {
+        let Self { unet, vae, load } = self;
+        unet.on(WithUnet::<T> { text, vae, load })
     }
 }
 
-fn open_on<B: Backend>(
-    device: &B::Device,
-    folder: &ModelFolder,
-    variant: Option<Variant>,
-    job: &Job,
-    progress: &dyn Progress,
-) -> Result<Box<dyn Painter>> {
-    let dtype = match job.dtype {
-        DtypeChoice::Auto => device.default_dtype(),
-        DtypeChoice::F32 => DType::F32,
-        DtypeChoice::F16 => DType::F16,
-        DtypeChoice::Bf16 => DType::BF16,
-    };
-    let scheduler = job.scheduler;
-    let options = LoadOptions { dtype, variant, scheduler };
-    Ok(Box::new(Pipeline::<B>::load(folder, &options, device, progress)?))
+/// The text encoder is placed.
+struct WithUnet<'a, T: Backend> {
+    text: T::Device,
+    vae: Place,
+    load: Load<'a>,
 }
 
-impl<B: Backend> Painter for Pipeline<B> {
+impl<T: Backend> OnBackend for WithUnet<'_, T> {
+    type Output = Result<Box<dyn Painter>>;
+
+    fn run<U: Backend>(self, unet: U::Device) -> Self::Output {
+        let Self { text, vae, load } = self;
+        vae.on(WithVae::<T, U> { text, unet, load })
+    }
+}
+
+/// The text encoder and the UNet are placed.
+struct WithVae<'a, T: Backend, U: Backend> {
+    text: T::Device,
+    unet: U::Device,
+    load: Load<'a>,
+}
+
+impl<T: Backend, U: Backend> OnBackend for WithVae<'_, T, U> {
+    type Output = Result<Box<dyn Painter>>;
+
+    fn run<V: Backend>(self, vae: V::Device) -> Self::Output {
+        let Self { text, unet, load: Load { folder, variant, job, progress } } = self;
+        let dtype = match job.dtype {
+            DtypeChoice::Auto => unet.default_dtype(),
+            DtypeChoice::F32 => DType::F32,
+            DtypeChoice::F16 => DType::F16,
+            DtypeChoice::Bf16 => DType::BF16,
+        };
+        let options = LoadOptions { dtype, variant, scheduler: job.scheduler };
+        let devices = Placement::<T, U, V> { text, unet, vae };
+        Ok(Box::new(Pipeline::load(&folder, &options, devices, progress)?))
+    }
+}
+
+impl<T: Backend, U: Backend, V: Backend> Painter for Pipeline<T, U, V> {
     fn default_size(&self) -> ImageSize {
         Pipeline::default_size(self)
     }

@@ -1,14 +1,10 @@
-//! A picture on a worker: the connection, and what is kept as long as it lasts. Separate from the
+//! The link to a worker: the connection, and what is kept as long as it lasts. Separate from the
 //! painter, which does the same on every device.
 
 use std::sync::Arc;
 
-use super::run::Painter;
 use super::worker::start_mock;
 use crate::error::{Error, Result};
-use crate::image::{ImageSize, Picture};
-use crate::pipeline::PictureRequest;
-use crate::progress::Progress;
 use crate::remote::client::Session;
 use crate::remote::device::Device;
 use crate::remote::digests::Digests;
@@ -63,36 +59,16 @@ impl Link {
             None => Device::new(self.session.clone()),
         }
     }
-}
 
-/// A painter, and the link that it needs.
-pub(super) struct RemotePainter {
-    // Dropped before the link: its buffers are freed over there.
-    pub painter: Box<dyn Painter>,
-    pub link: Link,
-}
-
-impl Painter for RemotePainter {
-    fn default_size(&self) -> ImageSize {
-        self.painter.default_size()
-    }
-
-    fn sampler(&self) -> &str {
-        self.painter.sampler()
-    }
-
-    fn paint(&mut self, request: &PictureRequest<'_>, progress: &dyn Progress) -> Result<Picture> {
-        self.painter.paint(request, progress)
-    }
-
-    fn statistics(&self) -> Option<String> {
-        let found = self.link.session.statistics();
+    /// What the session did so far, as one line.
+    pub fn statistics(&self) -> String {
+        let found = self.session.statistics();
         let ms = |us: u64| us / 1000;
-        Some(format!(
+        format!(
             "worker {}: {} ops there, {} calls sent, {} programs replayed, {} round trips, \
              {} bytes up, {} bytes of weights up, {} bytes down, busy {} ms, idle {} ms, \
              memory {} MB",
-            self.link.session.name(),
+            self.session.name(),
             found.worker.ops,
             found.calls,
             found.replays,
@@ -103,6 +79,6 @@ impl Painter for RemotePainter {
             ms(found.worker.busy_us),
             ms(found.worker.idle_us),
             found.worker.memory_bytes >> 20,
-        ))
+        )
     }
 }

@@ -24,9 +24,9 @@ pub trait Painter {
     /// The scheduler's name in AUTOMATIC1111's spelling, such as `DPM++ 2M`.
     fn sampler(&self) -> &str;
 
-    /// What the device did so far, as one line, if it keeps books.
-    fn statistics(&self) -> Option<String> {
-        None
+    /// What the devices that keep books did so far, as lines.
+    fn statistics(&self) -> Vec<String> {
+        Vec::new()
     }
 
     /// Makes one picture, reports each stage and stops when `progress` says so.
@@ -60,7 +60,9 @@ pub fn run(job: &Job, open: &mut OpenPainter<'_>) -> Result<()> {
         paint_one(job, &mut *painter, seed, &job.output.target(seed, index), &display)?;
     }
     if job.stats {
-        display.line(painter.statistics().unwrap_or("this device keeps no statistics".into()));
+        let lines = painter.statistics();
+        let none = lines.is_empty().then(|| "this device keeps no statistics".to_owned());
+        lines.into_iter().chain(none).for_each(|line| display.line(line));
     }
     Ok(())
 }

@@ -9,6 +9,7 @@
 mod ops;
 mod program;
 pub mod reference;
+mod transfer;
 mod view;
 
 pub use ops::Weight;

@@ -6,7 +6,7 @@ use candle_core::DType;
 use tiny_sd::Result;
 use tiny_sd::backend::{Backend, cpu};
 use tiny_sd::image::ImageSize;
-use tiny_sd::pipeline::{LoadOptions, PictureRequest, Pipeline};
+use tiny_sd::pipeline::{LoadOptions, PictureRequest, Pipeline, Placement};
 use tiny_sd::progress::Silent;
 use tiny_sd::remote::client::Statistics;
 use tiny_sd::remote::storage::Storage;
@@ -27,7 +27,7 @@ fn paint<B: Backend>(
     guidance_scale: f64,
 ) -> Result<Vec<u8>> {
     let options = LoadOptions { dtype: DType::F32, variant: None, scheduler: Some(scheduler) };
-    let pipeline = Pipeline::<B>::load(&folder()?, &options, device, &Silent)?;
+    let pipeline = Pipeline::<B>::load(&folder()?, &options, Placement::whole(device), &Silent)?;
     let (prompt, negative_prompt) = ("a red cube", "blue");
     let size = ImageSize { height: 64, width: 64 };
     let request = PictureRequest { prompt, negative_prompt, seed: 4, steps, guidance_scale, size };

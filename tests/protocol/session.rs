@@ -214,6 +214,26 @@ fn a_session_sees_no_buffer_of_another() -> Result<()> {
 }
 
 #[test]
+fn a_tensor_goes_to_another_device_whole_and_in_its_memory_order() -> Result<()> {
+    let (worker, other) = (Worker::new()?, Worker::new()?);
+    let (one, two) = (worker.connect("one")?, other.connect("two")?);
+    // More than one piece.
+    let values: Vec<f32> = (0..6 << 20).map(|value| value as f32).collect();
+    let here: Tensor<cpu::Storage> = Tensor::from_slice(&values, (3, 1 << 20, 2), &worker.device)?;
+    let here = here.permute(&[2, 0, 1])?.narrow(1, 0, 3)?; // (2, 3, 2^20), not contiguous
+    let there = here.to_device::<Storage>(&one.device())?;
+    let beyond = there.to_device::<Storage>(&two.device())?;
+    let back = beyond.narrow(1, 1, 2)?.to_device::<cpu::Storage>(&worker.device)?;
+    assert_eq!(beyond.layout(), here.layout());
+    assert_eq!(back.to_vec::<f32>()?, here.narrow(1, 1, 2)?.to_vec::<f32>()?);
+    let reads = two.session().statistics().round_trips;
+    let same = beyond.to_device::<Storage>(&two.device())?;
+    assert!(Arc::ptr_eq(same.storage(), beyond.storage()));
+    assert_eq!(two.session().statistics().round_trips, reads);
+    Ok(())
+}
+
+#[test]
 fn tensors_of_two_workers_do_not_meet() -> Result<()> {
     let worker = Worker::new()?;
     let (first, second) = (worker.connect("worker-a:1")?, worker.connect("worker-b:2")?);

@@ -1,0 +1,106 @@
+//! The devices of a run, opened: each worker is connected to once, whatever stages it has. Separate
+//! because this is the one match over backends.
+
+use super::device::{DevicePlan, DeviceSpec};
+use super::remote::Link;
+use super::run::Painter;
+use crate::backend::{Backend, cpu};
+use crate::error::Result;
+use crate::image::{ImageSize, Picture};
+use crate::pipeline::PictureRequest;
+use crate::progress::Progress;
+use crate::remote;
+
+/// An open device.
+#[derive(Clone)]
+pub(super) enum Place {
+    /// This machine's processor.
+    Cpu(cpu::Device),
+    /// A worker.
+    Remote(remote::device::Device),
+}
+
+/// Work that is the same on every backend.
+pub(super) trait OnBackend {
+    /// What comes of it.
+    type Output;
+
+    /// Does it.
+    fn run<B: Backend>(self, device: B::Device) -> Self::Output;
+}
+
+impl Place {
+    /// Does the work on this device's backend.
+    pub fn on<W: OnBackend>(self, work: W) -> W::Output {
+        match self {
+            Place::Cpu(device) => work.run::<cpu::Storage>(device),
+            Place::Remote(device) => work.run::<remote::storage::Storage>(device),
+        }
+    }
+}
+
+/// Where the stages are, and what must last as long as they do.
+pub(super) struct Places {
+    /// Of the text encoder, the UNet and the VAE, in this order.
+    pub stages: [Place; 3],
+    links: Vec<Link>,
+}
+
+impl Places {
+    /// Opens the devices of a plan that is resolved; `threads` are the processor's, 0 for one for
+    /// each core.
+    ///
+    /// # Errors
+    /// If a device is not there.
+    pub fn open<'a>(plan: &'a DevicePlan, threads: usize) -> Result<Self> {
+        let mut opened: Vec<(&'a DeviceSpec, Place)> = Vec::new();
+        let mut links = Vec::new();
+        let mut open = |spec: &'a DeviceSpec| -> Result<Place> {
+            if let Some((_, place)) = opened.iter().find(|(known, _)| *known == spec) {
+                return Ok(place.clone());
+            }
+            let mut linked = |link: Link| {
+                let device = link.device();
+                links.push(link);
+                Place::Remote(device)
+            };
+            let place = match spec {
+                DeviceSpec::Remote(url) => linked(Link::open(url)?),
+                DeviceSpec::Mock => linked(Link::mock(threads)?),
+                DeviceSpec::Auto | DeviceSpec::Cpu => {
+                    Place::Cpu(cpu::Device::with_threads(threads)?)
+                }
+            };
+            opened.push((spec, place.clone()));
+            Ok(place)
+        };
+        let [text, unet, vae] = &plan.stages;
+        let stages = [open(text)?, open(unet)?, open(vae)?];
+        Ok(Self { stages, links })
+    }
+}
+
+/// A painter, and the devices that it needs.
+pub(super) struct PlacedPainter {
+    // Dropped before the links: its buffers are freed over there.
+    pub painter: Box<dyn Painter>,
+    pub places: Places,
+}
+
+impl Painter for PlacedPainter {
+    fn default_size(&self) -> ImageSize {
+        self.painter.default_size()
+    }
+
+    fn sampler(&self) -> &str {
+        self.painter.sampler()
+    }
+
+    fn paint(&mut self, request: &PictureRequest<'_>, progress: &dyn Progress) -> Result<Picture> {
+        self.painter.paint(request, progress)
+    }
+
+    fn statistics(&self) -> Vec<String> {
+        self.places.links.iter().map(Link::statistics).collect()
+    }
+}

@@ -1,0 +1,179 @@
+//! Loading a model: configurations first, then every weight from its file to its stage's device.
+//! Separate from the pipeline so that the way of a prompt stays on one screen.
+
+use std::any::Any;
+
+use candle_core::DType;
+use candle_core::backend::BackendDevice;
+
+use super::{Pipeline, Placement};
+use crate::backend::{Backend, Device};
+use crate::error::{Error, Result};
+use crate::model::clip::TextConfig;
+use crate::model::unet::UNetConfig;
+use crate::model::vae::VaeConfig;
+use crate::model::{Decoder, TextEncoder, UNet};
+use crate::nn::Loader;
+use crate::progress::{Event, Progress};
+use crate::schedule::{SchedulerConfig, SchedulerKind};
+use crate::tokenizer::Tokenizer;
+use crate::weights::{Checkpoint, Component, ModelFolder, Variant};
+
+/// How the names of weights begin that no picture needs: the way from pixels to latents.
+const UNUSED: [&str; 2] = ["encoder.", "quant_conv."];
+
+/// How a model is loaded.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// What it computes in.
+    pub dtype: DType,
+    /// Which of several forms of the weights.
+    pub variant: Option<Variant>,
+    /// Instead of the model's own scheduler.
+    pub scheduler: Option<SchedulerKind>,
+}
+
+impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
+    /// Loads a model in diffusers layout onto its devices.
+    ///
+    /// # Errors
+    /// Names the file, the field or the tensors that are missing or not covered.
+    pub fn load(
+        folder: &ModelFolder,
+        options: &LoadOptions,
+        devices: Placement<T, U, V>,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        // Configurations first: what is not covered is found before any weight is read.
+        let scheduler = SchedulerConfig::parse(&folder.scheduler_config()?)?;
+        let scheduler = match options.scheduler {
+            Some(kind) => scheduler.for_scheduler(kind)?,
+            None => scheduler.scheduler()?,
+        };
+        let tokenizer = Tokenizer::open(&folder.tokenizer_dir())?;
+        let text = TextConfig::parse(&folder.config(Component::TextEncoder)?)?;
+        let unet = UNetConfig::parse(&folder.config(Component::Unet)?)?;
+        let vae = VaeConfig::parse(&folder.config(Component::Vae)?)?;
+        check_fit(&tokenizer, &text, &unet, &vae)?;
+        let loading = Loading::new(folder, options, progress)?;
+        loading.announce(&devices)?;
+        let load_text = |loader: Loader<'_, T>| TextEncoder::load(text, loader);
+        Ok(Self {
+            text_encoder: loading.component(Component::TextEncoder, &devices.text, load_text)?,
+            unet: loading
+                .component(Component::Unet, &devices.unet, |loader| UNet::load(unet, loader))?,
+            vae: loading
+                .component(Component::Vae, &devices.vae, |loader| Decoder::load(vae, loader))?,
+            tokenizer,
+            scheduler,
+            devices,
+        })
+    }
+}
+
+/// The parts of a model must be of one model: else a kernel would find out, in other words.
+fn check_fit(
+    tokenizer: &Tokenizer,
+    text: &TextConfig,
+    unet: &UNetConfig,
+    vae: &VaeConfig,
+) -> Result<()> {
+    let differ = |what: &str, a: usize, b: usize| {
+        Err(Error::model(format!("the parts of this model do not fit: {what}, {a} and {b}")))
+    };
+    if tokenizer.length() > text.max_position_embeddings {
+        let (tokens, positions) = (tokenizer.length(), text.max_position_embeddings);
+        return differ("tokens of the tokenizer and positions of text_encoder", tokens, positions);
+    }
+    if unet.cross_attention_dim != text.hidden_size {
+        let (unet, text) = (unet.cross_attention_dim, text.hidden_size);
+        return differ("cross_attention_dim of unet and hidden_size of text_encoder", unet, text);
+    }
+    if unet.in_channels != vae.latent_channels || unet.out_channels != vae.latent_channels {
+        let (unet, vae) = (unet.in_channels, vae.latent_channels);
+        return differ("in_channels or out_channels of unet and latent_channels of vae", unet, vae);
+    }
+    Ok(())
+}
+
+/// Where weights come from.
+struct Loading<'a> {
+    /// In the order of use.
+    checkpoints: [(Component, Checkpoint); 3],
+    dtype: DType,
+    progress: &'a dyn Progress,
+}
+
+impl<'a> Loading<'a> {
+    fn new(
+        folder: &ModelFolder,
+        options: &LoadOptions,
+        progress: &'a dyn Progress,
+    ) -> Result<Self> {
+        let open = |component| -> Result<_> {
+            Ok((component, folder.checkpoint(component, options.variant.as_ref())?))
+        };
+        let [text, unet, vae] = Component::ALL.map(open);
+        Ok(Self { checkpoints: [text?, unet?, vae?], dtype: options.dtype, progress })
+    }
+
+    /// Names all weights of a device at once, so that a remote one asks once for all of them.
+    fn announce<T: Backend, U: Backend, V: Backend>(
+        &self,
+        devices: &Placement<T, U, V>,
+    ) -> Result<()> {
+        let Placement { text, unet, vae } = devices;
+        let with_text = [true, is_same::<T, U>(text, unet), is_same::<T, V>(text, vae)];
+        let with_unet = [false, !with_text[1], !with_text[2] && is_same::<U, V>(unet, vae)];
+        let alone = [false, false, !with_text[2] && !with_unet[2]];
+        self.announce_on::<T>(text, with_text)?;
+        self.announce_on::<U>(unet, with_unet)?;
+        self.announce_on::<V>(vae, alone)
+    }
+
+    /// The weights of the components that are `chosen`.
+    fn announce_on<B: Backend>(&self, device: &B::Device, chosen: [bool; 3]) -> Result<()> {
+        let is_used = |name: &str| !UNUSED.iter().any(|start| name.starts_with(start));
+        let chosen = self.checkpoints.iter().zip(chosen).filter(|(_, is_chosen)| *is_chosen);
+        let all = chosen.flat_map(|((_, checkpoint), _)| checkpoint.iter());
+        let tensors: Vec<_> =
+            all.filter(|(name, _)| is_used(name)).map(|(_, tensor)| tensor).collect();
+        if tensors.is_empty() {
+            return Ok(());
+        }
+        device.announce(&tensors, &mut |done, total| {
+            if total > 0 {
+                self.progress.report(Event::Sending { done, total });
+            }
+            self.progress.check()
+        })
+    }
+
+    fn component<B: Backend, M>(
+        &self,
+        component: Component,
+        device: &B::Device,
+        load: impl FnOnce(Loader<'_, B>) -> Result<M>,
+    ) -> Result<M> {
+        let name = component.folder();
+        let found = self.checkpoints.iter().find(|(of, _)| *of == component);
+        let (_, checkpoint) =
+            found.ok_or_else(|| Error::other(format!("{name} was not opened")))?;
+        let total = checkpoint.iter().map(|(_, tensor)| tensor.byte_len()).sum();
+        let mut done = 0;
+        let mut loaded = |bytes: u64| {
+            done += bytes;
+            self.progress.report(Event::Loading { component: name, done, total });
+            self.progress.check()
+        };
+        loaded(0)?;
+        load(Loader::new(checkpoint, device, self.dtype, &mut loaded))
+            .map_err(|error| error.context(name))
+    }
+}
+
+/// Whether the two are one device.
+fn is_same<A: Backend, B: Backend>(one: &A::Device, other: &B::Device) -> bool {
+    let other = (other as &dyn Any).downcast_ref::<A::Device>();
+    other.is_some_and(|other| one.same_device(other))
+}
