@@ -145,7 +145,8 @@ fn with_session(
     let (heard_sender, heard) = channel();
     let (frames, bulk) = Default::default();
     let client = Arc::new(Client { frames, bulk, heard: heard_sender });
-    let connection = connect(&url, Arc::clone(&client) as _, HELLO, CONNECT_TIMEOUT).unwrap();
+    let connection =
+        connect(&url, Arc::clone(&client) as _, HELLO, CONNECT_TIMEOUT, &mut |_| Ok(())).unwrap();
     work(&client, &connection.waker(), &done, &heard);
 }
 

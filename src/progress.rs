@@ -15,6 +15,13 @@ pub enum Event<'a> {
         /// The file's size in bytes, if the server says it.
         total: Option<u64>,
     },
+    /// A remote worker serves others first; repeated when that changes.
+    Queued {
+        /// Where, for people.
+        worker: &'a str,
+        /// How many come first, for people.
+        position: &'a str,
+    },
     /// Weights that a remote worker lacks go to it; repeated as they do.
     Sending {
         /// Bytes handed to the network.

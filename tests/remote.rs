@@ -1,11 +1,17 @@
 //! The remote device end to end: the real program as worker and as client, over the loopback
 //! network.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
 
 use tempfile::TempDir;
+use tiny_sd::remote::client::Session;
+use tiny_sd::remote::hello::Hello;
+use tiny_sd::remote::quic::client::connect;
+use tiny_sd::remote::url::PairingUrl;
+use tiny_sd::remote::{PROTOCOL_VERSION, schema};
 
 /// A worker that is stopped when the test ends.
 struct Worker {
@@ -59,8 +65,13 @@ fn program() -> Command {
 }
 
 fn paint(model: &str, device: &str, output: &Path, more: &[&str]) -> Output {
+    command(model, device, output, more).output().unwrap()
+}
+
+fn command(model: &str, device: &str, output: &Path, more: &[&str]) -> Command {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(model);
-    program()
+    let mut command = program();
+    command
         .args(["a red fox", "--steps", "3", "--threads", "2", "--stats", "--device", device])
         .arg("-m")
         .arg(model)
@@ -68,9 +79,8 @@ fn paint(model: &str, device: &str, output: &Path, more: &[&str]) -> Output {
         .arg(output)
         .args(if more.contains(&"-s") { &[][..] } else { &["-s", "7"] })
         .args(more)
-        .env("XDG_CACHE_HOME", output.parent().unwrap())
-        .output()
-        .unwrap()
+        .env("XDG_CACHE_HOME", output.parent().unwrap());
+    command
 }
 
 fn succeeds(output: &Output) -> String {
@@ -187,4 +197,26 @@ fn what_goes_wrong_on_the_way_is_one_line_and_exit_code_4() {
     check(&wrong_certificate, "certificate");
     drop(worker.kill());
     check(&url, "127.0.0.1");
+}
+
+#[test]
+fn a_client_whose_turn_it_is_not_says_so_and_waits() {
+    let folder = tempfile::tempdir().unwrap();
+    let worker = Worker::start_in(tempfile::tempdir().unwrap(), &["--max-sessions", "1"]);
+    let url = worker.url.parse::<PairingUrl>().unwrap();
+    let hello = Hello { version: PROTOCOL_VERSION, schema: schema() };
+    let session = Session::new("holds the place");
+    let limit = Duration::from_secs(10);
+    let held = connect(&url, session, hello, limit, &mut |_| Ok(())).unwrap();
+    let output = folder.path().join("x.png");
+    let mut waiting = command("tiny", &worker.url, &output, &[]).stderr(Stdio::piped()).spawn();
+    let mut stderr = BufReader::new(waiting.as_mut().unwrap().stderr.take().unwrap());
+    let mut line = String::new();
+    stderr.read_line(&mut line).unwrap();
+    assert!(line.starts_with("waiting for quic://127.0.0.1:"), "{line}");
+    assert!(line.contains("0 before this client"), "{line}");
+    drop(held);
+    stderr.read_to_string(&mut line).unwrap();
+    assert!(waiting.unwrap().wait().unwrap().success(), "{line}");
+    assert!(output.exists());
 }

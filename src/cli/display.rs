@@ -155,7 +155,7 @@ impl Display {
         bar.set_position(done as u64);
     }
 
-    /// Ends the stage before and, with `-v`, says how long it took.
+    /// A line that is said once.
     fn warn(&self, line: String) {
         let mut state = self.state();
         if !state.warned.contains(&line) {
@@ -164,6 +164,7 @@ impl Display {
         }
     }
 
+    /// Ends the stage before and, with `-v`, says how long it took.
     fn stage(&self, state: &mut State, name: Option<&str>) {
         if state.stage.as_ref().map(|stage| stage.name.as_str()) == name {
             return;
@@ -179,6 +180,9 @@ impl Progress for Display {
     fn report(&self, event: Event<'_>) {
         match event {
             Event::Downloading { file, done, total } => self.bytes(file, done, total),
+            Event::Queued { worker, position } => {
+                self.line(format!("waiting for {worker}: {position}"));
+            }
             Event::Sending { done, total } => self.bytes("sending weights", done, Some(total)),
             Event::Loading { component, done, total } => {
                 self.bytes(&format!("loading {component}"), done, Some(total));

@@ -30,7 +30,8 @@ pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
         ModelSource::Hub(name) => download(job, name, variant.as_ref(), progress)?,
     };
     let folder = ModelFolder::open(path)?;
-    let places = Places::open(&job.device.resolve()?, job.threads.map_or(0, usize::from))?;
+    let threads = job.threads.map_or(0, usize::from);
+    let places = Places::open(&job.device.resolve()?, threads, progress)?;
     let [text, unet, vae] = places.stages.clone();
     let painter = text.on(WithText { unet, vae, load: Load { folder, variant, job, progress } })?;
     Ok(Box::new(PlacedPainter { painter, places }))

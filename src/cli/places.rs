@@ -52,7 +52,7 @@ impl Places {
     ///
     /// # Errors
     /// If a device is not there.
-    pub fn open<'a>(plan: &'a DevicePlan, threads: usize) -> Result<Self> {
+    pub fn open<'a>(plan: &'a DevicePlan, threads: usize, progress: &dyn Progress) -> Result<Self> {
         let mut opened: Vec<(&'a DeviceSpec, Place)> = Vec::new();
         let mut links = Vec::new();
         let mut open = |spec: &'a DeviceSpec| -> Result<Place> {
@@ -65,8 +65,8 @@ impl Places {
                 Place::Remote(device)
             };
             let place = match spec {
-                DeviceSpec::Remote(url) => linked(Link::open(url)?),
-                DeviceSpec::Mock => linked(Link::mock(threads)?),
+                DeviceSpec::Remote(url) => linked(Link::open(url, progress)?),
+                DeviceSpec::Mock => linked(Link::mock(threads, progress)?),
                 DeviceSpec::Auto | DeviceSpec::Cpu => {
                     Place::Cpu(cpu::Device::with_threads(threads)?)
                 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::worker::start_mock;
 use crate::error::{Error, Result};
+use crate::progress::{Event, Progress};
 use crate::remote::client::Session;
 use crate::remote::device::Device;
 use crate::remote::digests::Digests;
@@ -28,26 +29,33 @@ impl Link {
     ///
     /// # Errors
     /// If it is not there, is not the one that was meant, or refuses.
-    pub fn open(url: &PairingUrl) -> Result<Self> {
-        Self::with(url, None)
+    pub fn open(url: &PairingUrl, progress: &dyn Progress) -> Result<Self> {
+        Self::with(url, None, progress)
     }
 
     /// Starts a worker inside of this process and connects to it.
     ///
     /// # Errors
     /// If the loopback network cannot be used.
-    pub fn mock(threads: usize) -> Result<Self> {
+    pub fn mock(threads: usize, progress: &dyn Progress) -> Result<Self> {
         let identity = Identity::generate()?;
         let server = start_mock(threads, &identity)?;
         let urls = pairing_urls(server.local_addr(), &identity);
         let url = urls.first().ok_or_else(|| Error::other("the worker has no address"))?;
-        Self::with(url, Some(server))
+        Self::with(url, Some(server), progress)
     }
 
-    fn with(url: &PairingUrl, mock: Option<Server>) -> Result<Self> {
+    fn with(url: &PairingUrl, mock: Option<Server>, progress: &dyn Progress) -> Result<Self> {
         let session = Session::new(url.name());
         let hello = Hello { version: PROTOCOL_VERSION, schema: schema() };
-        let connection = connect(url, session.clone(), hello, CONNECT_TIMEOUT)?;
+        let worker = format!("quic://{}", url.name());
+        let mut waits = |position: Option<&str>| {
+            if let Some(position) = position {
+                progress.report(Event::Queued { worker: &worker, position });
+            }
+            progress.check()
+        };
+        let connection = connect(url, session.clone(), hello, CONNECT_TIMEOUT, &mut waits)?;
         session.set_waker(connection.waker());
         Ok(Self { session, _connection: connection, _mock: mock })
     }

@@ -44,10 +44,15 @@ pub struct WorkerJob {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
 
-    /// Clients at a time; others are told that the worker is busy
+    /// Clients at a time; others wait for their turn
     #[arg(long, value_name = "N", default_value = "4")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
     pub max_sessions: u16,
+
+    /// Clients that wait for their turn; others are told that the worker is busy
+    #[arg(long, value_name = "N", default_value = "16")]
+    #[arg(value_parser = clap::value_parser!(u16).range(0..=1024))]
+    pub max_waiting: u16,
 
     /// Memory of one session's buffers, such as 8G
     #[arg(long, value_name = "SIZE", default_value = "8G")]
@@ -193,6 +198,7 @@ fn start(job: &WorkerJob, identity: &Identity) -> Result<Server> {
     let worker = Worker::<cpu::Storage>::new(device, limits, job.weights_memory.0);
     let limits = Limits {
         max_sessions: job.max_sessions.into(),
+        max_waiting: job.max_waiting.into(),
         idle_timeout: job.idle_timeout.map(|seconds| Duration::from_secs(seconds.into())),
         ..Limits::default()
     };

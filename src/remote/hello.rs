@@ -1,6 +1,6 @@
-//! The first bytes of a session: a hello of fixed size from the client, one answer from the worker.
-//! Separate because these two never change: whatever else the versions of client and worker
-//! disagree about, a refusal can be read.
+//! The first bytes of a session: a hello of fixed size from the client, an answer from the worker,
+//! and others before it while the client waits for its turn. Separate because these never change:
+//! whatever else the versions of client and worker disagree about, a refusal can be read.
 
 use super::trust::Token;
 use crate::error::{Error, Result};
@@ -68,6 +68,8 @@ impl Hello {
 pub enum Status {
     /// The session begins.
     Welcome,
+    /// Others come first; the text says how many, and another answer follows.
+    Wait,
     /// All sessions are taken.
     Busy,
     /// The token is another worker's.
@@ -89,12 +91,13 @@ impl Status {
             Status::WrongVersion => 3,
             Status::ShuttingDown => 4,
             Status::Refused => 5,
+            Status::Wait => 6,
         }
     }
 
     fn from_byte(byte: u8) -> Self {
-        use Status::{Busy, ShuttingDown, Welcome, WrongToken, WrongVersion};
-        let known = [Welcome, Busy, WrongToken, WrongVersion, ShuttingDown];
+        use Status::{Busy, ShuttingDown, Wait, Welcome, WrongToken, WrongVersion};
+        let known = [Welcome, Wait, Busy, WrongToken, WrongVersion, ShuttingDown];
         known.into_iter().find(|status| status.to_byte() == byte).unwrap_or(Status::Refused)
     }
 }
@@ -141,14 +144,11 @@ impl Answer {
         Ok((Status::from_byte(status), len))
     }
 
-    /// The session begins, or the refusal as an error that says what to try.
-    ///
-    /// # Errors
-    /// If this is a refusal.
-    pub fn accept(self) -> Result<String> {
+    /// The refusal, as an error that says what to try.
+    pub fn refusal(self) -> Error {
         let text = self.text;
-        Err(Error::remote(match self.status {
-            Status::Welcome => return Ok(text),
+        Error::remote(match self.status {
+            Status::Welcome | Status::Wait => format!("the worker says at the wrong time: {text}"),
             Status::Busy => format!("the worker is busy: {text}"),
             Status::WrongToken => {
                 format!("the worker refused the token: {text}; take the URL that it prints now")
@@ -156,7 +156,7 @@ impl Answer {
             Status::WrongVersion => format!("client and worker do not fit: {text}"),
             Status::ShuttingDown => format!("the worker is shutting down: {text}"),
             Status::Refused => format!("the worker refused the session: {text}"),
-        }))
+        })
     }
 }
 
@@ -184,14 +184,14 @@ mod tests {
 
     #[test]
     fn an_answer_comes_back() {
-        use Status::{Busy, Refused, ShuttingDown, Welcome, WrongToken, WrongVersion};
-        for status in [Welcome, Busy, WrongToken, WrongVersion, ShuttingDown, Refused] {
+        use Status::{Busy, Refused, ShuttingDown, Wait, Welcome, WrongToken, WrongVersion};
+        for status in [Welcome, Wait, Busy, WrongToken, WrongVersion, ShuttingDown, Refused] {
             let bytes = Answer::new(status, "2 of 2 sessions").encode();
             let (header, text) = bytes.split_first_chunk().unwrap();
             assert_eq!(Answer::decode_header(header).unwrap(), (status, text.len()));
             assert_eq!(text, b"2 of 2 sessions");
-            let accepted = Answer::new(status, "text").accept();
-            assert_eq!(accepted.is_ok(), status == Welcome);
+            let refusal = Answer::new(status, "text").refusal().to_string();
+            assert!(refusal.contains("text"), "{refusal}");
         }
         assert_eq!(Status::from_byte(200), Refused);
         assert!(Answer::decode_header(&[1; ANSWER_HEADER_BYTES]).is_err());

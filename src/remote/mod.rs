@@ -15,6 +15,7 @@ pub mod loopback;
 pub mod message;
 pub mod op;
 mod program;
+pub mod queue;
 pub mod quic;
 pub mod storage;
 mod transcript;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tiny_sd::remote::admission::Caps;
 use tiny_sd::remote::hello::Hello;
-use tiny_sd::remote::quic::client::{CONNECT_TIMEOUT, Connection, connect};
+use tiny_sd::remote::quic::client::{CONNECT_TIMEOUT, Connection, WhileWaiting, connect};
 use tiny_sd::remote::quic::server::{Limits, Server, SessionInfo, serve};
 use tiny_sd::remote::transport::{BulkSink, BulkSource, ClientEnd, Waker, WorkerEnd};
 use tiny_sd::remote::trust::Identity;
@@ -234,6 +234,10 @@ impl Joined {
 }
 
 pub fn join_as(url: &PairingUrl, hello: Hello) -> Result<Joined> {
+    join_waiting(url, hello, &mut |_| Ok(()))
+}
+
+fn join_waiting(url: &PairingUrl, hello: Hello, waits: &mut WhileWaiting<'_>) -> Result<Joined> {
     let (heard_sender, heard) = channel();
     let (lost_sender, lost) = channel();
     let client = Arc::new(Client {
@@ -243,9 +247,39 @@ pub fn join_as(url: &PairingUrl, hello: Hello) -> Result<Joined> {
         heard: heard_sender,
         lost: lost_sender,
     });
-    let connection = connect(url, Arc::clone(&client) as _, hello, CONNECT_TIMEOUT)?;
+    let connection = connect(url, Arc::clone(&client) as _, hello, CONNECT_TIMEOUT, waits)?;
     assert!(client.waker.set(connection.waker()).is_ok());
     Ok(Joined { client, connection, heard, lost })
+}
+
+/// A client that waits for its turn; dropped, it leaves.
+pub struct Waiter {
+    news: Receiver<Option<String>>,
+    pub joined: Receiver<Result<Joined>>,
+}
+
+impl Waiter {
+    /// Joins on a thread of its own.
+    pub fn new(worker: &Worker) -> Self {
+        let (tell, news) = channel();
+        let (give, joined) = channel();
+        let url = worker.url();
+        std::thread::spawn(move || {
+            let mut waits = |text: Option<&str>| {
+                let told = tell.send(text.map(str::to_owned));
+                told.map_err(|_| Error::interrupted())
+            };
+            // The test may not care.
+            let _ = give.send(join_waiting(&url, HELLO, &mut waits));
+        });
+        Self { news, joined }
+    }
+
+    /// What it is told next.
+    pub fn news(&self) -> String {
+        let mut news = std::iter::repeat_with(|| self.news.recv_timeout(PATIENCE).unwrap());
+        news.find_map(|text| text).unwrap()
+    }
 }
 
 pub fn join(url: &PairingUrl) -> Joined {

@@ -17,8 +17,8 @@ use tiny_sd::remote::url::PairingUrl;
 use tiny_sd::{Error, Result};
 
 use self::ends::{
-    Client, Event, HELLO, PATIENCE, Worker, bulk_source, join, join_as, limits, random_bytes,
-    stopping_at,
+    Client, Event, HELLO, PATIENCE, Waiter, Worker, bulk_source, join, join_as, limits,
+    random_bytes, stopping_at,
 };
 use crate::udp_proxy::{Faults, UdpProxy};
 
@@ -74,7 +74,7 @@ fn bulk_bytes_arrive_intact_while_frames_keep_flowing() {
 
 #[test]
 fn several_clients_are_served_at_once_and_one_too_many_is_told() {
-    let worker = Worker::start(Limits { max_sessions: 2, ..limits() });
+    let worker = Worker::start(Limits { max_sessions: 2, max_waiting: 0, ..limits() });
     let [first, second] = [(); 2].map(|()| join(&worker.url()));
     let refusal = join_as(&worker.url(), HELLO).err().unwrap().to_string();
     assert!(refusal.contains("busy") && refusal.contains("2 of 2"), "{refusal}");
@@ -88,6 +88,30 @@ fn several_clients_are_served_at_once_and_one_too_many_is_told() {
     // The place is free as soon as the session has let go, which the event only announces.
     let free = std::iter::repeat_with(|| join_as(&worker.url(), HELLO)).take(100);
     assert!(free.into_iter().any(|joined| joined.is_ok()));
+}
+
+#[test]
+fn who_waits_hears_how_many_come_first_and_gets_a_turn() {
+    let worker = Worker::start(Limits { max_sessions: 1, max_waiting: 2, ..limits() });
+    let running = join(&worker.url());
+    let first = Waiter::new(&worker);
+    assert!(first.news().starts_with("0 before this client and 1 session"));
+    let second = Waiter::new(&worker);
+    assert!(second.news().starts_with("1 before"));
+    let message = join_as(&worker.url(), HELLO).err().unwrap().to_string();
+    assert!(message.contains("2 clients wait") && message.contains("--max-waiting"), "{message}");
+    drop(running);
+    let joined = first.joined.recv_timeout(PATIENCE).unwrap().unwrap();
+    joined.client.send(b"my turn");
+    assert_eq!(joined.hear(), b"my turn");
+    assert!(second.news().starts_with("0 before"));
+    let third = Waiter::new(&worker);
+    assert!(third.news().starts_with("1 before"));
+    drop(second);
+    assert!(third.news().starts_with("0 before"));
+    worker.server.begin_shutdown();
+    let message = third.joined.recv_timeout(PATIENCE).unwrap().err().unwrap().to_string();
+    assert!(message.contains("shutting down"), "{message}");
 }
 
 #[test]
@@ -121,7 +145,7 @@ fn nobody_there_is_an_error_that_says_what_to_try() {
     let url = worker.url_at(socket.local_addr().unwrap());
     let (end, _lost) = (join(&worker.url()).client, ());
     let limit = Duration::from_millis(200);
-    let message = connect(&url, end, HELLO, limit).err().unwrap().to_string();
+    let message = connect(&url, end, HELLO, limit, &mut |_| Ok(())).err().unwrap().to_string();
     assert!(message.contains(&url.name()) && message.contains("firewall"), "{message}");
 }
 

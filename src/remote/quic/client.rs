@@ -3,22 +3,24 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{ClientConfig, ConnectionError, Endpoint, RecvStream, SendStream, VarInt};
+use quinn::{ClientConfig, Endpoint, RecvStream, SendStream, VarInt};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::explain::{explain, explain_handshake};
 use super::{
-    BULK_STREAMS, Code, Ending, FRAME_PRIORITY, IDLE_TIMEOUT, MAX_MTU, SESSION_WINDOW, Staging,
-    Step, Wake, blocking, endpoint, receive, send_frame, transport,
+    BULK_STREAMS, Code, Ending, FRAME_PRIORITY, MAX_MTU, SESSION_WINDOW, Staging, Step, Wake,
+    blocking, endpoint, receive, send_frame, transport,
 };
 use crate::error::{Error, Result};
-use crate::remote::hello::{ANSWER_HEADER_BYTES, Answer, Hello, readable};
+use crate::remote::hello::{ANSWER_HEADER_BYTES, Answer, Hello, Status, readable};
 use crate::remote::transport::{
     BulkSource, ClientEnd, MAX_BULK_HEADER_BYTES, MAX_FRAME_BYTES, Waker,
 };
@@ -31,6 +33,10 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long its last packet may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(100);
+/// How long a client waits for its turn.
+const QUEUE_TIMEOUT: Duration = Duration::from_secs(4 * 3600);
+/// How often a caller that waits for its turn can say that it does not want to any more.
+const QUEUE_TICK: Duration = Duration::from_millis(100);
 /// Addresses of one host that are tried, all at once.
 const MAX_ADDRESSES: usize = 8;
 
@@ -50,17 +56,23 @@ struct Shared {
     closing: Notify,
 }
 
-/// Connects to the worker of `url` within `limit`, which is [`CONNECT_TIMEOUT`] but in tests.
-/// `end` is asked for frames at once, and again whenever [`Connection::waker`] is called.
+/// What a client does while others come first: hears how many when that changes, else `None` from
+/// time to time; an error ends the wait.
+pub type WhileWaiting<'a> = dyn FnMut(Option<&str>) -> Result<()> + 'a;
+
+/// Connects to the worker of `url`, which must answer within `limit`: [`CONNECT_TIMEOUT`] but in
+/// tests. `end` is asked for frames at once, and again whenever [`Connection::waker`] is called.
 ///
 /// # Errors
-/// If the worker is not found, does not answer, has another certificate, or refuses. Then `end` was
-/// not touched: [`ClientEnd::lost`] is called, once, when an established connection ends.
+/// If the worker is not found, does not answer, has another certificate, or refuses, or as `waits`
+/// says. Then `end` was not touched: [`ClientEnd::lost`] is called, once, when an established
+/// connection ends.
 pub fn connect(
     url: &PairingUrl,
     end: Arc<dyn ClientEnd>,
     hello: Hello,
     limit: Duration,
+    waits: &mut WhileWaiting<'_>,
 ) -> Result<Connection> {
     let shared = Arc::new(Shared::default());
     let (tell, answer) = mpsc::channel();
@@ -73,8 +85,27 @@ pub fn connect(
         runtime.shutdown_timeout(CLOSE_TIMEOUT);
     };
     let thread = thread::Builder::new().name("network".into()).spawn(run).map_err(failed)?;
-    let greeting = answer.recv().unwrap_or_else(|_| Err(Error::other("the network thread died")));
-    Ok(Connection { name: url.name(), greeting: greeting?, shared, thread: Some(thread) })
+    // Dropped on an error, it ends the thread.
+    let mut connection =
+        Connection { name: url.name(), greeting: String::new(), shared, thread: Some(thread) };
+    connection.greeting = loop {
+        match answer.recv_timeout(QUEUE_TICK) {
+            Ok(News::Waiting(text)) => waits(Some(&text))?,
+            Ok(News::Ended(greeting)) => break greeting?,
+            Err(RecvTimeoutError::Timeout) => waits(None)?,
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Error::other("the network thread died"));
+            }
+        }
+    };
+    Ok(connection)
+}
+
+/// What the network thread tells the caller of [`connect`].
+enum News {
+    Waiting(String),
+    /// The attempt ended: the worker's greeting, or why there is none.
+    Ended(Result<String>),
 }
 
 impl Connection {
@@ -127,17 +158,17 @@ struct Network {
     shared: Arc<Shared>,
 }
 
-/// A session that was welcomed.
+/// A session, as far as the worker's answer says.
 struct Session {
     endpoint: Endpoint,
     connection: quinn::Connection,
     send: SendStream,
     receive: RecvStream,
-    greeting: String,
+    answer: Answer,
 }
 
 impl Network {
-    async fn run(self, end: Arc<dyn ClientEnd>, tell: &mpsc::Sender<Result<String>>) {
+    async fn run(self, end: Arc<dyn ClientEnd>, tell: &mpsc::Sender<News>) {
         let silent = || {
             Error::remote(format!(
                 "the worker {name} does not answer within {limit:?}: is `tiny-sd worker` running \
@@ -147,20 +178,28 @@ impl Network {
                 port = self.url.port(),
             ))
         };
-        let established = timeout(self.limit, self.establish()).await;
-        let session = match established.unwrap_or_else(|_| Err(silent())) {
+        let welcomed = async {
+            let established = timeout(self.limit, self.establish()).await;
+            self.take_turn(established.unwrap_or_else(|_| Err(silent()))?, tell).await
+        };
+        let welcomed = tokio::select! {
+            welcomed = welcomed => welcomed,
+            // The caller does not want it any more.
+            () = self.shared.closing.notified() => return,
+        };
+        let session = match welcomed {
             Ok(session) => session,
             Err(error) => {
                 // The caller waits for this.
-                let _ = tell.send(Err(error));
+                let _ = tell.send(News::Ended(Err(error)));
                 return;
             }
         };
         let name = self.url.name();
         let error = Error::remote(format!("internal error in the connection to {name}"));
         let mut lost = LostOnce { end: Arc::clone(&end), error };
-        let _ = tell.send(Ok(session.greeting.clone()));
-        let Session { endpoint, connection, send, receive, .. } = session;
+        let Session { endpoint, connection, send, receive, answer } = session;
+        let _ = tell.send(News::Ended(Ok(answer.text)));
         let ending = self.drive(&end, &connection, send, receive).await;
         let is_closing = self.shared.is_closing.load(Ordering::Acquire);
         // A stream that breaks is mostly the shadow of a connection that does.
@@ -213,7 +252,7 @@ impl Network {
                 "the worker {name} has another certificate ({stranger}) than its URL says: it was \
                  set up anew or is not the one you mean; take the URL that it prints now"
             )),
-            (None, Some(Ending::Lost(error))) => self.explain_handshake(&error),
+            (None, Some(Ending::Lost(error))) => explain_handshake(&name, self.url.port(), &error),
             (None, Some(Ending::Fault(error))) => error.context(name),
             (None, Some(Ending::Finished) | None) => {
                 Error::remote(format!("the worker {name} cannot be reached"))
@@ -231,26 +270,46 @@ impl Network {
             // A stream that is open cannot refuse a priority.
             let _ = send.set_priority(FRAME_PRIORITY);
             send.write_all(&self.hello.encode(self.url.token())).await?;
-            let mut header = [0; ANSWER_HEADER_BYTES];
-            receive.read_exact(&mut header).await?;
-            let (status, len) = Answer::decode_header(&header)?;
-            let mut text = vec![0; len];
-            receive.read_exact(&mut text).await?;
-            let answer = Answer::new(status, readable(&text));
+            let answer = hear(&mut receive).await?;
             Ok((answer, send, receive))
         };
+        let (answer, send, receive) =
+            exchange.await.map_err(|ending| self.explain_silence(ending))?;
+        Ok(Session { endpoint, connection, send, receive, answer })
+    }
+
+    /// Waits while others come first; then the session begins, or not.
+    async fn take_turn(&self, mut session: Session, tell: &mpsc::Sender<News>) -> Result<Session> {
         let name = self.url.name();
-        let (answer, send, receive) = exchange.await.map_err(|ending| match ending {
+        let turn = async {
+            while session.answer.status == Status::Wait {
+                // The caller waits for this.
+                let _ = tell.send(News::Waiting(session.answer.text));
+                session.answer = hear(&mut session.receive)
+                    .await
+                    .map_err(|ending| self.explain_silence(ending))?;
+            }
+            Ok(session)
+        };
+        let session = timeout(QUEUE_TIMEOUT, turn).await.unwrap_or_else(|_| {
+            let hours = QUEUE_TIMEOUT.as_secs() / 3600;
+            Err(Error::remote(format!("the worker {name} had no place within {hours} h")))
+        })?;
+        if session.answer.status == Status::Welcome {
+            return Ok(session);
+        }
+        session.connection.close(Code::Done.into(), b"");
+        let _ = timeout(CLOSE_TIMEOUT, session.endpoint.wait_idle()).await;
+        Err(session.answer.refusal().context(&name))
+    }
+
+    fn explain_silence(&self, ending: Ending) -> Error {
+        let name = self.url.name();
+        match ending {
             Ending::Lost(error) => explain(&name, &error),
             Ending::Fault(error) => error.context(&name),
             Ending::Finished => Error::remote(format!("the worker {name} gave no answer")),
-        })?;
-        let greeting = answer.accept().map_err(|error| error.context(&name));
-        if greeting.is_err() {
-            connection.close(Code::Done.into(), b"");
-            let _ = timeout(CLOSE_TIMEOUT, endpoint.wait_idle()).await;
         }
-        Ok(Session { greeting: greeting?, endpoint, connection, send, receive })
     }
 
     /// Moves bytes until something ends.
@@ -327,18 +386,16 @@ impl Network {
             }
         }
     }
+}
 
-    fn explain_handshake(&self, error: &ConnectionError) -> Error {
-        let name = self.url.name();
-        match error {
-            ConnectionError::TimedOut => Error::remote(format!(
-                "the worker {name} does not answer: is `tiny-sd worker` running there, and does \
-                 its firewall let UDP port {} in?",
-                self.url.port()
-            )),
-            error => explain(&name, error),
-        }
-    }
+/// One answer to the hello.
+async fn hear(receive: &mut RecvStream) -> Step<Answer> {
+    let mut header = [0; ANSWER_HEADER_BYTES];
+    receive.read_exact(&mut header).await?;
+    let (status, len) = Answer::decode_header(&header)?;
+    let mut text = vec![0; len];
+    receive.read_exact(&mut text).await?;
+    Ok(Answer::new(status, readable(&text)))
 }
 
 async fn handshake(
@@ -416,33 +473,4 @@ fn fill(
         }
     }
     Ok(filled)
-}
-
-/// A lost connection as a line for the user.
-fn explain(name: &str, error: &ConnectionError) -> Error {
-    let text = match error {
-        ConnectionError::TimedOut => format!(
-            "the worker {name} was not heard from for {} s: check that it still runs and that the \
-             network is up, then run the command again",
-            IDLE_TIMEOUT.as_secs()
-        ),
-        ConnectionError::ApplicationClosed(close) => {
-            format!("the worker {name} ended the session: {}", readable(&close.reason))
-        }
-        ConnectionError::ConnectionClosed(close)
-            if close.error_code == quinn::TransportErrorCode::CONNECTION_REFUSED =>
-        {
-            format!("the worker {name} takes no connections just now: try again in a minute")
-        }
-        ConnectionError::ConnectionClosed(_)
-        | ConnectionError::VersionMismatch
-        | ConnectionError::TransportError(_)
-        | ConnectionError::Reset
-        | ConnectionError::LocallyClosed
-        | ConnectionError::CidsExhausted => {
-            let error = readable(error.to_string().as_bytes());
-            format!("the connection to the worker {name} failed: {error}; run the command again")
-        }
-    };
-    Error::remote(text)
 }

@@ -10,6 +10,7 @@
 //! configuration but can raise the other two, so the connection's is the one that holds strangers.
 
 pub mod client;
+mod explain;
 pub mod server;
 mod session;
 

@@ -21,6 +21,7 @@ use super::{
 use crate::error::{Error, Result};
 use crate::remote::admission::{Admission, Caps, Verdict};
 use crate::remote::hello::{Answer, HELLO_BYTES, Hello, Status};
+use crate::remote::queue::{Entry, Queue, Ticket};
 use crate::remote::transport::{Waker, WorkerEnd};
 use crate::remote::trust::{Identity, Token};
 
@@ -32,6 +33,8 @@ const INCOMING_BYTES: u64 = 8 << 10;
 pub struct Limits {
     /// Sessions at a time (`--max-sessions`).
     pub max_sessions: usize,
+    /// Clients that may wait for a session to end (`--max-waiting`).
+    pub max_waiting: usize,
     /// A session without a frame either way for this long is ended (`--idle-timeout`).
     pub idle_timeout: Option<Duration>,
     /// How long a connection may take to show its token.
@@ -48,6 +51,7 @@ impl Default for Limits {
             Caps { pending: 64, pending_per_address: 8, wrong_token_delay: Duration::from_secs(1) };
         Self {
             max_sessions: 4,
+            max_waiting: 16,
             idle_timeout: None,
             hello_timeout: Duration::from_secs(5),
             strangers,
@@ -109,9 +113,10 @@ pub fn serve(
         token: identity.token().clone(),
         hello,
         admission: Mutex::new(Admission::new(limits.strangers)),
+        queue: Mutex::new(Queue::new(limits.max_sessions, limits.max_waiting)),
+        moved: watch::Sender::new(()),
         limits,
         phases: phases.clone(),
-        running: Mutex::new(0),
         sessions: AtomicU64::new(0),
         make_session: Box::new(make_session),
     });
@@ -190,7 +195,9 @@ struct Worker {
     limits: Limits,
     admission: Mutex<Admission>,
     phases: watch::Receiver<Phase>,
-    running: Mutex<usize>,
+    queue: Mutex<Queue>,
+    /// The queue has moved.
+    moved: watch::Sender<()>,
     sessions: AtomicU64,
     make_session: Box<MakeSession>,
 }
@@ -200,8 +207,28 @@ struct Place(Arc<Worker>);
 
 impl Drop for Place {
     fn drop(&mut self) {
-        *lock(&self.0.running) -= 1;
+        lock(&self.0.queue).finished();
+        self.0.moved.send_replace(());
     }
+}
+
+/// A place among those who wait, given back when dropped.
+struct Waiting {
+    worker: Arc<Worker>,
+    ticket: Ticket,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        lock(&self.worker.queue).leave(self.ticket);
+        self.worker.moved.send_replace(());
+    }
+}
+
+/// Somebody with the token.
+enum Guest {
+    Place(Place),
+    Waiting(Waiting),
 }
 
 /// A place among the strangers.
@@ -221,7 +248,9 @@ impl Worker {
         let mut connections = JoinSet::new();
         loop {
             let phase = *phases.borrow_and_update();
-            if phase == Phase::Stopped || phase == Phase::Draining && *lock(&self.running) == 0 {
+            if phase == Phase::Stopped
+                || phase == Phase::Draining && lock(&self.queue).running() == 0
+            {
                 break;
             }
             tokio::select! {
@@ -266,7 +295,7 @@ impl Worker {
             let heard = self.hear(&connection).await;
             heard.map(|(send, receive, hello)| (connection, send, receive, hello))
         });
-        let (connection, send, receive, hello) = match opened.await {
+        let (connection, mut send, receive, hello) = match opened.await {
             Ok(Ok(opened)) => opened,
             Ok(Err(ending)) => {
                 return tracing::debug!(%address, reason = reason(&ending), "nobody came in");
@@ -274,11 +303,25 @@ impl Worker {
             // What is dropped with the timeout is closed by that.
             Err(_) => return tracing::debug!(%address, "no token was shown in time"),
         };
-        match self.judge(hello, address) {
-            Ok(place) => {
+        let judged = match self.judge(hello, address) {
+            Ok(guest) => {
                 drop(stranger);
-                self.welcome(place, connection, send, receive).await;
+                match guest {
+                    Guest::Place(place) => Ok(place),
+                    Guest::Waiting(waiting) => {
+                        tracing::info!(%address, "waits for its turn");
+                        match self.wait(waiting, &connection, &mut send).await {
+                            Ok(place) => Ok(place),
+                            Err(None) => return tracing::info!(%address, "waited and left"),
+                            Err(Some(answer)) => Err((answer, Duration::ZERO)),
+                        }
+                    }
+                }
             }
+            Err(refused) => Err(refused),
+        };
+        match judged {
+            Ok(place) => self.welcome(place, connection, send, receive).await,
             Err((answer, delay)) => {
                 tracing::info!(%address, status = ?answer.status, "refused");
                 let until = async {
@@ -303,7 +346,7 @@ impl Worker {
         self: &Arc<Self>,
         hello: Vec<u8>,
         address: SocketAddr,
-    ) -> std::result::Result<Place, (Answer, Duration)> {
+    ) -> std::result::Result<Guest, (Answer, Duration)> {
         let hello = <[u8; HELLO_BYTES]>::try_from(hello).ok().and_then(|h| Hello::decode(&h));
         let Some((hello, _)) = hello.filter(|(_, token)| *token == self.token) else {
             let delay = lock(&self.admission).failed(address.ip(), Instant::now());
@@ -312,21 +355,71 @@ impl Worker {
         lock(&self.admission).passed(address.ip());
         let at_once = |answer| (answer, Duration::ZERO);
         self.hello.check(&hello).map_err(at_once)?;
-        let mut running = lock(&self.running);
-        let max = self.limits.max_sessions;
         if *self.phases.borrow() != Phase::Serving {
-            let text = format!("{} sessions end first; start it again to connect", *running);
-            return Err(at_once(Answer::new(Status::ShuttingDown, text)));
+            return Err(at_once(self.shutting_down()));
         }
-        if *running >= max {
-            let text = format!(
-                "{running} of {max} sessions are in use; try again later, or start it with a \
-                 larger --max-sessions"
-            );
-            return Err(at_once(Answer::new(Status::Busy, text)));
+        let mut queue = lock(&self.queue);
+        match queue.enter() {
+            Entry::Run => Ok(Guest::Place(Place(Arc::clone(self)))),
+            Entry::Wait(ticket) => Ok(Guest::Waiting(Waiting { worker: Arc::clone(self), ticket })),
+            Entry::Busy => {
+                let text = format!(
+                    "{} of {} sessions are in use and {} clients wait; try again later, or start \
+                     it with a larger --max-sessions or --max-waiting",
+                    queue.running(),
+                    self.limits.max_sessions,
+                    queue.waiting(),
+                );
+                Err(at_once(Answer::new(Status::Busy, text)))
+            }
         }
-        *running += 1;
-        Ok(Place(Arc::clone(self)))
+    }
+
+    fn shutting_down(&self) -> Answer {
+        let running = lock(&self.queue).running();
+        let text = format!("{running} sessions end first; start it again to connect");
+        Answer::new(Status::ShuttingDown, text)
+    }
+
+    /// Waits for the turn of a client, which is told whenever the queue moves. `Err(None)` if it is
+    /// gone, else why it waited in vain.
+    async fn wait(
+        self: &Arc<Self>,
+        waiting: Waiting,
+        connection: &Connection,
+        send: &mut SendStream,
+    ) -> std::result::Result<Place, Option<Answer>> {
+        let (mut moved, mut phases) = (self.moved.subscribe(), self.phases.clone());
+        let mut told = None;
+        loop {
+            if *phases.borrow_and_update() != Phase::Serving {
+                return Err(Some(self.shutting_down()));
+            }
+            let ahead = {
+                let mut queue = lock(&self.queue);
+                if queue.start(waiting.ticket) {
+                    return Ok(Place(Arc::clone(self)));
+                }
+                queue.ahead(waiting.ticket).unwrap_or(0)
+            };
+            if told.replace(ahead) != Some(ahead) {
+                let text = format!(
+                    "{ahead} before this client and {} sessions running",
+                    self.limits.max_sessions
+                );
+                let answer = Answer::new(Status::Wait, text).encode();
+                tokio::select! {
+                    written = send.write_all(&answer) => written.map_err(|_| None)?,
+                    _ = connection.closed() => return Err(None),
+                }
+            }
+            tokio::select! {
+                // The senders live as long as the worker, which is here.
+                _ = moved.changed() => {}
+                _ = phases.changed() => {}
+                _ = connection.closed() => return Err(None),
+            }
+        }
     }
 
     async fn refuse(&self, connection: &Connection, mut send: SendStream, answer: Answer) {
@@ -364,7 +457,7 @@ impl Worker {
         connection.set_max_concurrent_uni_streams(VarInt::from_u32(BULK_STREAMS));
         // A stream that is open cannot refuse a priority.
         let _ = send.set_priority(FRAME_PRIORITY);
-        let running = *lock(&self.running);
+        let running = lock(&self.queue).running();
         let text = format!("session {running} of {}", self.limits.max_sessions);
         tracing::info!(number, %address, running, "session begins");
         let session = Session { number, end, wake, connection };
