@@ -138,6 +138,26 @@ fn stages_on_devices_of_their_own_make_the_same_picture() {
 }
 
 #[test]
+fn each_stage_says_what_it_took() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("x.png");
+    let stderr = succeeds(&paint("tiny", "text=cpu,unet=mock,vae=mock", &output, &[]));
+    let row = |stage: &str| -> Vec<u64> {
+        let line = stderr.lines().find(|line| line.split_whitespace().next() == Some(stage));
+        let line = line.unwrap_or_else(|| panic!("no {stage} in {stderr}"));
+        line.split_whitespace().skip(1).map(|number| number.parse().unwrap()).collect()
+    };
+    let [load, text, unet, vae] = ["load", "text", "unet", "vae"].map(row);
+    let columns = |row: &[u64]| [row[0] > 0, row[1] > 0, row[2] > 0, row[4] > 0];
+    assert_eq!(columns(&load), [true, false, true, true], "{stderr}");
+    // The text encoder is here: its embeddings go over.
+    assert_eq!(columns(&text), [true, false, false, true], "{stderr}");
+    assert_eq!(columns(&unet), [true, true, false, false], "{stderr}");
+    assert_eq!(columns(&vae), [true, false, true, false], "{stderr}");
+    assert!(unet[6] > 0, "{stderr}");
+}
+
+#[test]
 fn the_second_run_sends_no_weights_even_after_the_worker_was_killed() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("x.png");

@@ -115,7 +115,7 @@ pub(super) struct Args {
     #[arg(short, long, action = ArgAction::SetTrue, conflicts_with = "verbose")]
     pub quiet: bool,
 
-    /// Print what a remote device did: ops, bytes, round trips, time
+    /// Print what remote devices did in each stage: ops, bytes, round trips, time
     #[arg(long)]
     pub stats: bool,
 

@@ -33,8 +33,12 @@ pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
     let threads = job.threads.map_or(0, usize::from);
     let places = Places::open(&job.device.resolve()?, threads, progress)?;
     let [text, unet, vae] = places.stages.clone();
-    let painter = text.on(WithText { unet, vae, load: Load { folder, variant, job, progress } })?;
-    Ok(Box::new(PlacedPainter { painter, places }))
+    let watch = places.watch(progress, job.stats);
+    watch.begin(Some("load"));
+    let load = Load { folder, variant, job, progress: &watch };
+    let painter = text.on(WithText { unet, vae, load })?;
+    watch.begin(None);
+    Ok(Box::new(PlacedPainter { painter, places, keeps_books: job.stats }))
 }
 
 /// What is the same wherever the stages are.

@@ -8,7 +8,7 @@ use crate::backend::{Backend, cpu};
 use crate::error::Result;
 use crate::image::{ImageSize, Picture};
 use crate::pipeline::PictureRequest;
-use crate::progress::Progress;
+use crate::progress::{Event, Progress};
 use crate::remote;
 
 /// An open device.
@@ -80,11 +80,57 @@ impl Places {
     }
 }
 
+impl Places {
+    /// Passes the events of a run on, and tells the workers of the stages as they come, if they are
+    /// to keep books.
+    pub fn watch<'a>(&'a self, progress: &'a dyn Progress, keeps_books: bool) -> Watch<'a> {
+        let links = if keeps_books { self.links.as_slice() } else { &[] };
+        Watch { links, progress }
+    }
+}
+
+/// See [`Places::watch`].
+pub(super) struct Watch<'a> {
+    links: &'a [Link],
+    progress: &'a dyn Progress,
+}
+
+impl Watch<'_> {
+    /// A stage begins, or none.
+    pub fn begin(&self, stage: Option<&'static str>) {
+        self.links.iter().for_each(|link| link.begin_stage(stage));
+    }
+}
+
+impl Progress for Watch<'_> {
+    fn report(&self, event: Event<'_>) {
+        match event {
+            Event::Step { done: 0, .. } => self.begin(Some("unet")),
+            Event::Decoding => self.begin(Some("vae")),
+            Event::Done => self.begin(None),
+            Event::Downloading { .. }
+            | Event::Queued { .. }
+            | Event::Sending { .. }
+            | Event::Loading { .. }
+            | Event::Warning(_)
+            | Event::Truncated { .. }
+            | Event::Step { .. } => {}
+        }
+        self.progress.report(event);
+    }
+
+    fn check(&self) -> Result<()> {
+        self.progress.check()
+    }
+}
+
 /// A painter, and the devices that it needs.
 pub(super) struct PlacedPainter {
     // Dropped before the links: its buffers are freed over there.
     pub painter: Box<dyn Painter>,
     pub places: Places,
+    /// Whether each stage's figures are asked for.
+    pub keeps_books: bool,
 }
 
 impl Painter for PlacedPainter {
@@ -97,10 +143,12 @@ impl Painter for PlacedPainter {
     }
 
     fn paint(&mut self, request: &PictureRequest<'_>, progress: &dyn Progress) -> Result<Picture> {
-        self.painter.paint(request, progress)
+        let watch = self.places.watch(progress, self.keeps_books);
+        watch.begin(Some("text"));
+        self.painter.paint(request, &watch)
     }
 
     fn statistics(&self) -> Vec<String> {
-        self.places.links.iter().map(Link::statistics).collect()
+        self.places.links.iter().flat_map(Link::statistics).collect()
     }
 }

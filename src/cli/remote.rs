@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::worker::start_mock;
 use crate::error::{Error, Result};
 use crate::progress::{Event, Progress};
-use crate::remote::client::Session;
+use crate::remote::client::{Session, Stage};
 use crate::remote::device::Device;
 use crate::remote::digests::Digests;
 use crate::remote::hello::Hello;
@@ -68,25 +68,70 @@ impl Link {
         }
     }
 
-    /// What the session did so far, as one line.
-    pub fn statistics(&self) -> String {
+    /// What is done from now on belongs to a stage, or to none.
+    pub fn begin_stage(&self, name: Option<&'static str>) {
+        self.session.begin_stage(name);
+    }
+
+    /// What the session did so far: a line for all, then a table of the stages.
+    pub fn statistics(&self) -> Vec<String> {
+        // Of a session that is over there is what was heard before.
+        let stages = self.session.stages().unwrap_or_default();
         let found = self.session.statistics();
-        let ms = |us: u64| us / 1000;
-        format!(
+        let mut lines = vec![format!(
             "worker {}: {} ops there, {} calls sent, {} programs replayed, {} round trips, \
-             {} bytes up, {} bytes of weights up, {} bytes down, busy {} ms, idle {} ms, \
-             memory {} MB",
+             {} bytes up, {} bytes of weights up, {} bytes down, memory {} MB",
             self.session.name(),
             found.worker.ops,
             found.calls,
             found.replays,
             found.round_trips,
             found.bytes_up,
-            found.bulk_bytes_up,
+            found.weight_bytes_up,
             found.bytes_down,
-            ms(found.worker.busy_us),
-            ms(found.worker.idle_us),
             found.worker.memory_bytes >> 20,
-        )
+        )];
+        if !stages.is_empty() {
+            lines.push(row([
+                "stage",
+                "ops",
+                "programs",
+                "trips",
+                "bytes up",
+                "bulk up",
+                "bytes down",
+                "device ms",
+                "queue ms",
+                "wire ms",
+            ]));
+        }
+        lines.extend(stages.iter().map(stage_line));
+        lines
     }
+}
+
+fn stage_line(stage: &Stage) -> String {
+    let did = &stage.statistics;
+    let figures = [
+        did.worker.ops,
+        did.worker.replays,
+        did.round_trips,
+        did.bytes_up,
+        did.bulk_bytes_up,
+        did.bytes_down,
+        stage.device().as_millis() as u64,
+        stage.queue().as_millis() as u64,
+        stage.wire().as_millis() as u64,
+    ]
+    .map(|figure| figure.to_string());
+    let [a, b, c, d, e, f, g, h, i] = figures.each_ref().map(String::as_str);
+    row([stage.name, a, b, c, d, e, f, g, h, i])
+}
+
+/// A row of the table of stages.
+fn row([stage, ops, programs, trips, up, bulk, down, device, queue, wire]: [&str; 10]) -> String {
+    format!(
+        "{stage:5} {ops:>8} {programs:>8} {trips:>5} {up:>10} {bulk:>11} {down:>10} {device:>9} \
+         {queue:>8} {wire:>8}"
+    )
 }

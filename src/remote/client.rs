@@ -4,7 +4,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::message::{Message, Numbering, Outbox, Progress, Reply, fatal};
 use super::op::{Call, Digest, Id, Op};
@@ -13,9 +13,12 @@ use super::wire::{Reader, malformed};
 use crate::error::{Error, Result};
 
 mod programs;
+mod stages;
 
 use programs::Programs;
 pub use programs::{Begun, Output};
+pub use stages::Stage;
+use stages::Stages;
 
 /// Bytes that may wait to be sent before callers are held back.
 const MAX_WAITING_BYTES: usize = 16 << 20;
@@ -49,12 +52,15 @@ struct State {
     failure: Option<Error>,
     programs: Programs,
     statistics: Statistics,
+    stages: Stages,
 }
 
 struct Request {
     ticket: u64,
     /// Of the answer, if it is data.
     bytes: u64,
+    /// The stage that begins with a mark for which nobody waits, and what was done before.
+    stage: Option<(Option<&'static str>, Statistics)>,
 }
 
 enum Answer {
@@ -78,6 +84,8 @@ pub struct Statistics {
     pub bytes_down: u64,
     /// Bytes of weights and other bulk to the worker.
     pub bulk_bytes_up: u64,
+    /// Of these, bytes of weights.
+    pub weight_bytes_up: u64,
     /// As the worker said last.
     pub worker: Progress,
 }
@@ -165,7 +173,10 @@ impl Session {
     /// # Errors
     /// If the session is over.
     pub fn send_bulk(&self, source: BulkSource) -> Result<()> {
-        self.transfer(|_| (source, Op::Copy)).map(drop)
+        let len = source.len;
+        self.transfer(|_| (source, Op::Copy))?;
+        self.lock().statistics.weight_bytes_up += len;
+        Ok(())
     }
 
     /// Asks for a whole buffer, of `bytes`, early: the answer is taken by [`data`](Self::data).
@@ -232,7 +243,7 @@ impl Session {
         let mut state = self.ready()?;
         let ticket = state.next_ticket;
         state.next_ticket += 1;
-        state.requests.push_back(Request { ticket, bytes });
+        state.requests.push_back(Request { ticket, bytes, stage: None });
         state.statistics.round_trips += u64::from(*message != Message::Mark);
         self.send(&mut state, message)?;
         Ok(Ticket(ticket))
@@ -318,7 +329,12 @@ impl Session {
         };
         let request = state.requests.pop_front();
         let request = request.ok_or_else(|| malformed("answers what was not asked"))?;
-        state.answers.insert(request.ticket, answer);
+        match request.stage {
+            None => drop(state.answers.insert(request.ticket, answer)),
+            Some((name, sent)) => {
+                state.stages.reached(name, sent, &state.statistics, Instant::now());
+            }
+        }
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 //! from the network and from threads: messages come in, replies go out, nothing here waits but for
 //! weights that are on their way.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -11,14 +12,15 @@ use candle_core::Layout;
 use candle_core::backend::BackendDevice;
 
 use super::heap::{Buffer, Heap, Poison, Slot, view_of};
-use super::library::{Library, Recipe, Weights};
+use super::library::{Library, Recipe, Weights, prepare};
 use super::message::{MAX_PIECE_BYTES, Message, Progress, Reply};
 use super::op::execute::{execute, execute_in_place, to_bytes};
 use super::op::infer::Source;
 use super::op::{Call, Id, Op};
 use super::program::{Program, Recorded, Recording, Resolved, Step};
+use super::turns::Turns;
 use super::wire::malformed;
-use crate::backend::{Backend, Fused, Meta, MetaRef, View};
+use crate::backend::{Backend, Fused, HostTensor, Meta, MetaRef, View};
 use crate::error::{Error, Result};
 
 /// What a session may use.
@@ -39,46 +41,79 @@ pub trait Arrivals: Send + Sync {
     fn take(&self, transfer: u64) -> Result<Vec<u8>>;
 }
 
+/// What all sessions of a worker share.
+pub struct Shared<B: Backend> {
+    device: B::Device,
+    pub(super) weights: Weights<B>,
+    turns: Turns,
+}
+
+impl<B: Backend> Shared<B> {
+    /// A device, and room for `weights_bytes` of buffers made of weights.
+    pub fn new(device: B::Device, weights_bytes: u64) -> Self {
+        Self { device, weights: Weights::new(weights_bytes), turns: Turns::default() }
+    }
+}
+
 /// The state of one session.
 pub struct Executor<B: Backend> {
-    device: B::Device,
+    shared: Arc<Shared<B>>,
     heap: Heap<B>,
-    weights: Arc<Weights<B>>,
     library: Arc<dyn Library>,
     arrivals: Arc<dyn Arrivals>,
     programs: HashMap<u64, Recorded<B>>,
     recording: Option<Recording<B>>,
     progress: Progress,
     began: Instant,
-    idle: Duration,
+    /// Time spent waiting for messages and for bytes.
+    idle: Cell<Duration>,
+    /// Time spent waiting for other sessions' ops.
+    queued: Cell<Duration>,
 }
 
 impl<B: Backend> Executor<B> {
     /// A session without buffers.
     pub fn new(
-        device: B::Device,
-        weights: Arc<Weights<B>>,
+        shared: Arc<Shared<B>>,
         library: Arc<dyn Library>,
         arrivals: Arc<dyn Arrivals>,
         limits: Limits,
     ) -> Self {
         Self {
-            device,
+            shared,
             heap: Heap::new(limits.memory_bytes, limits.buffers),
-            weights,
             library,
             arrivals,
             programs: HashMap::new(),
             recording: None,
             progress: Progress::default(),
             began: Instant::now(),
-            idle: Duration::ZERO,
+            idle: Cell::default(),
+            queued: Cell::default(),
         }
     }
 
     /// Time that was spent waiting for messages: for statistics.
-    pub fn idled(&mut self, time: Duration) {
-        self.idle += time;
+    pub fn idled(&self, time: Duration) {
+        self.idle.set(self.idle.get() + time);
+    }
+
+    /// Waits for something that comes from the client.
+    fn arriving<T>(&self, wait: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        let arrived = wait();
+        self.idled(began.elapsed());
+        arrived
+    }
+
+    /// Runs something on the device, when it is this session's turn. A panic in a kernel is an
+    /// error of that op, not the end of the worker.
+    fn on_device<T>(&self, run: impl FnOnce() -> Result<T>) -> Result<T> {
+        let turn = self.shared.turns.take();
+        if !turn.waited.is_zero() {
+            self.queued.set(self.queued.get() + turn.waited);
+        }
+        guard(run)
     }
 
     /// Runs one message, whose first result gets `id`, and says what there is to say.
@@ -119,10 +154,12 @@ impl<B: Backend> Executor<B> {
 
     /// What was done so far. The clock is read here and not at every op.
     fn progress(&self) -> Progress {
-        let busy = self.began.elapsed().saturating_sub(self.idle);
+        let (idle, queued) = (self.idle.get(), self.queued.get());
+        let busy = self.began.elapsed().saturating_sub(idle + queued);
         Progress {
             busy_us: busy.as_micros() as u64,
-            idle_us: self.idle.as_micros() as u64,
+            queued_us: queued.as_micros() as u64,
+            idle_us: idle.as_micros() as u64,
             memory_bytes: self.heap.used_bytes(),
             ..self.progress
         }
@@ -188,12 +225,16 @@ impl<B: Backend> Executor<B> {
             Slot::Ready(buffer) => Ok(buffer),
             Slot::Poisoned(poison) => Err(poison),
             Slot::Lazy(recipe) => {
-                let get = || self.weights.get(&recipe, &*self.library, &self.device);
-                let made = guard(get).map_err(|error| {
-                    let (number, dims) = (self.progress.ops, &recipe.dims);
-                    let dtype = recipe.dtype.as_str();
-                    poison(error.context(format!("call {number}: weight {dims:?} {dtype}")))
-                });
+                let fetch = || self.arriving(|| self.library.get(&recipe.digest));
+                let make = |host: &HostTensor| {
+                    self.on_device(|| prepare(&recipe, host, &self.shared.device))
+                };
+                let made =
+                    guard(|| self.shared.weights.get(&recipe, fetch, make)).map_err(|error| {
+                        let (number, dims) = (self.progress.ops, &recipe.dims);
+                        let dtype = recipe.dtype.as_str();
+                        poison(error.context(format!("call {number}: weight {dims:?} {dtype}")))
+                    });
                 self.heap.take(id);
                 self.heap.put(id, slot(made.clone())).map_err(poison)?;
                 made
@@ -219,7 +260,7 @@ impl<B: Backend> Executor<B> {
             let meta = op.infer(&sources(args))?;
             let storage = self.heap.check_room(&meta).and_then(|()| {
                 args.iter().try_for_each(|(buffer, view)| self.heap.check_view(buffer, view))?;
-                guard(|| self.execute(op, args, &meta))
+                self.execute(op, args, &meta)
             });
             let storage = storage.map_err(|error| error.context(op.described(&sources(args))))?;
             Ok(self.heap.charge(storage, meta))
@@ -229,15 +270,16 @@ impl<B: Backend> Executor<B> {
 
     fn execute(&self, op: &Op, args: &Resolved<B>, meta: &Meta) -> Result<B> {
         if let Op::Received { transfer, dtype, len } = op {
-            let bytes = self.arrivals.take(*transfer)?;
+            let bytes = self.arriving(|| self.arrivals.take(*transfer))?;
             if bytes.len() != len * dtype.size_in_bytes() {
                 let have = bytes.len();
                 return Err(Error::other(format!("{have} bytes arrived for {meta:?}")));
             }
             let host = super::op::execute::from_bytes(*dtype, &bytes)?;
-            return Ok(self.device.storage_from_cpu_storage_owned(host)?);
+            let store = || Ok(self.shared.device.storage_from_cpu_storage_owned(host)?);
+            return self.on_device(store);
         }
-        execute(op, &self.device, &views(args))
+        self.on_device(|| execute(op, &self.shared.device, &views(args)))
     }
 
     fn failed(&self, op: &Op, error: Error) -> Poison {
@@ -281,11 +323,13 @@ impl<B: Backend> Executor<B> {
             if Arc::get_mut(&mut buffer).is_none() {
                 // A program or another session has it as well: they keep what they have.
                 self.heap.check_room(&buffer.meta)?;
-                let copy = guard(|| Ok(buffer.storage.try_clone(&buffer.meta.layout)?))?;
+                let copy =
+                    self.on_device(|| Ok(buffer.storage.try_clone(&buffer.meta.layout)?))?;
                 buffer = self.heap.charge(copy, buffer.meta.clone());
             }
             if let Some(own) = Arc::get_mut(&mut buffer) {
-                guard(|| execute_in_place(&call.op, &mut own.storage, &layout, &views(&args)))?;
+                let (op, views) = (&call.op, views(&args));
+                self.on_device(|| execute_in_place(op, &mut own.storage, &layout, &views))?;
             }
             Ok(buffer)
         };
@@ -294,7 +338,7 @@ impl<B: Backend> Executor<B> {
 
     fn read(&mut self, id: Id, reply: &mut dyn FnMut(Reply) -> Result<()>) -> Result<()> {
         let read = self.materialise(id).and_then(|buffer| {
-            guard(|| to_bytes(&buffer.storage.to_cpu_storage()?)).map_err(poison)
+            self.on_device(|| to_bytes(&buffer.storage.to_cpu_storage()?)).map_err(poison)
         });
         match read {
             Err(poison) => reply(Reply::Failed(poison.to_string())),

@@ -86,22 +86,23 @@ impl<B: Backend> Weights<B> {
         self.lock().bytes
     }
 
-    /// The buffer of `recipe`, made from a weight of `library` if nobody has made it before. Of
-    /// several that ask at once one makes it, and the others wait.
+    /// The buffer of `recipe`, made from the weight that `fetch` gives if nobody has made it
+    /// before. Of several that ask at once one makes it, and the others wait. `make` is
+    /// [`prepare`], when it may run.
     ///
     /// # Errors
     /// If the weight does not come, does not fit the recipe, or there is no room.
     pub fn get(
         &self,
         recipe: &Recipe,
-        library: &dyn Library,
-        device: &B::Device,
+        fetch: impl FnOnce() -> Result<HostTensor>,
+        make: impl FnOnce(&HostTensor) -> Result<B>,
     ) -> Result<Arc<Buffer<B>>> {
         if let Some(buffer) = self.find(recipe) {
             return Ok(buffer);
         }
         // Waiting for bytes is not making: a client that stalls must not hold others back.
-        let host = library.get(&recipe.digest)?;
+        let host = fetch()?;
         let meta = Meta::row_major(recipe.dtype, recipe.dims.clone())?;
         if host.layout().shape().elem_count() != meta.layout.shape().elem_count() {
             let (have, want) = (host.layout().dims(), &recipe.dims);
@@ -113,13 +114,7 @@ impl<B: Backend> Weights<B> {
         };
         making
             .reserve(meta.layout.shape().elem_count() as u64 * meta.dtype.size_in_bytes() as u64)?;
-        let plain = device.upload(&host, recipe.dtype)?;
-        let storage = match recipe.role {
-            None => plain,
-            Some(role) => {
-                B::fused(&Fused::Prepare(role), &[View { storage: &plain, layout: &meta.layout }])?
-            }
-        };
+        let storage = make(&host)?;
         debug_assert_eq!(storage.dtype(), recipe.dtype);
         making.reserve(storage.held_bytes().unwrap_or(0))?;
         Ok(making.finish(Arc::new(Buffer::shared(storage, meta))))
@@ -145,6 +140,21 @@ impl<B: Backend> Weights<B> {
 
     fn lock(&self) -> MutexGuard<'_, Table<B>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What `recipe` says, made of a weight that fits it.
+///
+/// # Errors
+/// If the device cannot.
+pub fn prepare<B: Backend>(recipe: &Recipe, host: &HostTensor, device: &B::Device) -> Result<B> {
+    let plain = device.upload(host, recipe.dtype)?;
+    let meta = Meta::row_major(recipe.dtype, recipe.dims.clone())?;
+    match recipe.role {
+        None => Ok(plain),
+        Some(role) => {
+            B::fused(&Fused::Prepare(role), &[View { storage: &plain, layout: &meta.layout }])
+        }
     }
 }
 

@@ -72,7 +72,9 @@ pub struct Progress {
     pub replays: u64,
     /// Time spent running ops, in microseconds.
     pub busy_us: u64,
-    /// Time spent waiting for messages, in microseconds.
+    /// Time spent waiting for other sessions' ops, in microseconds.
+    pub queued_us: u64,
+    /// Time spent waiting for messages and weights, in microseconds.
     pub idle_us: u64,
     /// Bytes of this session's buffers.
     pub memory_bytes: u64,
@@ -266,8 +268,10 @@ impl Reply {
             }
             Reply::Done(progress) => {
                 out.push(3);
-                let Progress { ops, replays, busy_us, idle_us, memory_bytes } = progress;
-                [ops, replays, busy_us, idle_us, memory_bytes].iter().for_each(|n| n.put(out));
+                let Progress { ops, replays, busy_us, queued_us, idle_us, memory_bytes } = progress;
+                [ops, replays, busy_us, queued_us, idle_us, memory_bytes]
+                    .iter()
+                    .for_each(|n| n.put(out));
             }
             Reply::Present(present) => {
                 out.push(4);
@@ -297,6 +301,7 @@ impl Reply {
                     ops: number()?,
                     replays: number()?,
                     busy_us: number()?,
+                    queued_us: number()?,
                     idle_us: number()?,
                     memory_bytes: number()?,
                 })

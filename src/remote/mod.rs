@@ -21,6 +21,7 @@ pub mod storage;
 mod transcript;
 pub mod transport;
 pub mod trust;
+pub mod turns;
 pub mod upload;
 pub mod url;
 pub mod wire;

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use candle_core::DType;
 
-use super::executor::{Arrivals, Executor, Limits};
-use super::library::{Library, Weights};
+use super::executor::{Arrivals, Executor, Limits, Shared};
+use super::library::Library;
 use super::message::{Message, Numbering, Outbox, Reply, decode_frame};
 use super::op::{Id, Op};
 use super::transport::{BulkSink, Waker, WorkerEnd};
@@ -29,8 +29,7 @@ const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// What all sessions of a worker share.
 pub struct Worker<B: Backend> {
-    device: B::Device,
-    weights: Arc<Weights<B>>,
+    shared: Arc<Shared<B>>,
     limits: Limits,
 }
 
@@ -38,7 +37,7 @@ impl<B: Backend> Worker<B> {
     /// A worker on `device`; each session may use `limits`, and the buffers made of weights
     /// `weights_bytes` together.
     pub fn new(device: B::Device, limits: Limits, weights_bytes: u64) -> Self {
-        Self { device, weights: Arc::new(Weights::new(weights_bytes)), limits }
+        Self { shared: Arc::new(Shared::new(device, weights_bytes)), limits }
     }
 
     /// Begins a session that finds its weights in `library`; `waker` is called when it has
@@ -49,8 +48,7 @@ impl<B: Backend> Worker<B> {
     pub fn session(&self, library: Arc<dyn Library>, waker: Waker) -> Result<Arc<dyn WorkerEnd>> {
         let transfers = Arc::new(Transfers::new(self.limits.memory_bytes));
         let executor = Executor::<B>::new(
-            self.device.clone(),
-            self.weights.clone(),
+            self.shared.clone(),
             library.clone(),
             transfers.clone(),
             self.limits,

@@ -87,7 +87,14 @@ fn every_message_comes_back_from_its_bytes() -> Result<()> {
 
 #[test]
 fn every_reply_comes_back_from_its_bytes_and_texts_are_harmless() -> Result<()> {
-    let progress = Progress { ops: 1, replays: 2, busy_us: 3, idle_us: 4, memory_bytes: u64::MAX };
+    let progress = Progress {
+        ops: 1,
+        replays: 2,
+        busy_us: 3,
+        queued_us: 7,
+        idle_us: 4,
+        memory_bytes: u64::MAX,
+    };
     for reply in [
         Reply::Data { bytes: vec![1, 2, 3], is_last: false },
         Reply::Data { bytes: vec![], is_last: true },

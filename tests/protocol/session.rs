@@ -281,3 +281,26 @@ fn bytes_that_never_come_are_an_error_and_not_a_wait_for_ever() -> Result<()> {
     assert!(text.contains("the file was cut short"), "{text}");
     Ok(())
 }
+
+#[test]
+fn each_stage_has_what_was_done_in_it() -> Result<()> {
+    let worker = Worker::new()?.connect("worker")?;
+    let (session, device) = (worker.session(), worker.device());
+    let one: Remote = Tensor::from_slice(&[1f32], 1, &device)?;
+    session.begin_stage(Some("add"));
+    let two = one.add(&one)?.add(&one)?.add(&one)?;
+    session.begin_stage(Some("read"));
+    assert_eq!(two.add(&one)?.to_vec::<f32>()?, [5.0]);
+    session.begin_stage(None);
+    let _unseen = one.add(&one)?;
+    session.begin_stage(Some("add"));
+    let _seen = one.add(&one)?;
+    let stages = session.stages()?;
+    let found = stages.iter().map(|stage| {
+        let did = &stage.statistics;
+        assert!(did.bytes_up > 0 && !stage.elapsed.is_zero(), "{stage:?}");
+        (stage.name, did.calls, did.worker.ops, did.round_trips)
+    });
+    assert_eq!(found.collect::<Vec<_>>(), [("add", 4, 4, 0), ("read", 1, 1, 1)]);
+    Ok(())
+}

@@ -15,7 +15,7 @@ use crate::backend::cpu::{Device as Cpu, Storage as CpuBuffer};
 use crate::backend::{Device as _, HostTensor, Role};
 use crate::error::{Error, Kind};
 use crate::remote::device::Device;
-use crate::remote::library::{Recipe, Weights};
+use crate::remote::library::{Recipe, Weights, prepare};
 use crate::remote::op::Digest;
 use crate::remote::op::execute::to_bytes;
 
@@ -324,7 +324,7 @@ fn sessions_that_send_the_same_at_once_both_get_it() {
     assert_eq!(worker.library.used_bytes(), total(&model) + headers);
     assert_eq!(files(folder.path()).len(), model.len());
     // In f32, once for all sessions.
-    assert_eq!(worker.weights.used_bytes(), 2 * total(&model));
+    assert_eq!(worker.shared.weights.used_bytes(), 2 * total(&model));
 }
 
 #[test]
@@ -386,7 +386,10 @@ fn buffers_are_made_once_and_counted_as_they_are() {
     let (cpu, len) = (Cpu::with_threads(1).unwrap(), a.byte_len());
     // Half as plain, single as packed, with columns filled up.
     let weights = Weights::<CpuBuffer>::new(3 * len);
-    let get = |recipe: &Recipe| weights.get(recipe, &*session, &cpu);
+    let get = |recipe: &Recipe| {
+        let fetch = || session.get(&recipe.digest);
+        weights.get(recipe, fetch, |host| prepare(recipe, host, &cpu))
+    };
     let first = get(&plain).unwrap();
     assert_eq!(weights.used_bytes(), len);
     let second = get(&packed).unwrap();

@@ -12,8 +12,8 @@ use crate::error::{Error, Result};
 use crate::remote::client;
 use crate::remote::device::Device;
 use crate::remote::disk_library::{DiskLibrary, Limits};
-use crate::remote::executor::{Arrivals, Executor, Limits as SessionLimits};
-use crate::remote::library::{Library, Weights};
+use crate::remote::executor::{Arrivals, Executor, Limits as SessionLimits, Shared};
+use crate::remote::library::Library;
 use crate::remote::message::{Numbering, Reply, decode_frame};
 use crate::remote::op::Op;
 use crate::remote::transport::{BulkSource, ClientEnd};
@@ -22,12 +22,12 @@ use crate::remote::wire::{Reader, Wire};
 /// A worker without a network.
 pub struct Worker {
     pub library: DiskLibrary,
-    pub weights: Arc<Weights<CpuBuffer>>,
+    pub shared: Arc<Shared<CpuBuffer>>,
 }
 
 impl Worker {
     pub fn new(library: DiskLibrary) -> Self {
-        Self { library, weights: Arc::new(Weights::new(1 << 30)) }
+        Self { library, shared: Arc::new(Shared::new(Cpu::with_threads(1).unwrap(), 1 << 30)) }
     }
 
     pub fn open(folder: &Path) -> Self {
@@ -66,8 +66,7 @@ impl Connection {
         let library = worker.library.session();
         let limits = SessionLimits { memory_bytes: 1 << 30, buffers: 1000 };
         let mut executor = Executor::<CpuBuffer>::new(
-            Cpu::with_threads(1).unwrap(),
-            worker.weights.clone(),
+            worker.shared.clone(),
             library.clone(),
             Arc::new(NoArrivals),
             limits,
