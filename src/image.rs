@@ -51,12 +51,40 @@ impl Picture {
         &self.rgb
     }
 
+    /// The picture as large as `size`, each pixel repeated.
+    ///
+    /// # Errors
+    /// If `size` has no pixels.
+    pub fn enlarged(&self, size: ImageSize) -> Result<Self> {
+        let row = |y: usize| {
+            let from = y * self.size.height / size.height * self.size.width;
+            (0..size.width).map(move |x| 3 * (from + x * self.size.width / size.width))
+        };
+        let pixels = (0..size.height).flat_map(row);
+        Self::new(
+            size,
+            pixels.flat_map(|at| [self.rgb[at], self.rgb[at + 1], self.rgb[at + 2]]).collect(),
+        )
+    }
+
+    /// The picture as a PNG file without a word about how it was made.
+    ///
+    /// # Errors
+    /// If a side does not fit a PNG's 32 bits.
+    pub fn to_plain_png(&self) -> Result<Vec<u8>> {
+        self.encode(None)
+    }
+
     /// The picture as a PNG file, with the parameters in the text chunk `parameters` that
     /// AUTOMATIC1111's web UI writes and other tools read: tEXt if Latin-1 can say it, else iTXt.
     ///
     /// # Errors
     /// If a side does not fit a PNG's 32 bits.
     pub fn to_png(&self, parameters: &Parameters) -> Result<Vec<u8>> {
+        self.encode(Some(parameters))
+    }
+
+    fn encode(&self, parameters: Option<&Parameters>) -> Result<Vec<u8>> {
         let side = |side: usize| {
             u32::try_from(side).map_err(|_| Error::other(format!("{} fits no PNG", self.size)))
         };
@@ -65,14 +93,16 @@ impl Picture {
         let mut encoder = png::Encoder::new(&mut file, width, height);
         encoder.set_color(png::ColorType::Rgb);
         encoder.set_depth(png::BitDepth::Eight);
-        // A text chunk cannot hold NUL, and nothing may be left out unseen.
-        let text = parameters.to_string().replace('\0', "\u{fffd}");
-        let keyword = "parameters".to_owned();
-        let written = if text.chars().all(|c| u32::from(c) < 256) {
-            encoder.add_text_chunk(keyword, text)
-        } else {
-            encoder.add_itxt_chunk(keyword, text)
-        };
+        let written = parameters.map_or(Ok(()), |parameters| {
+            // A text chunk cannot hold NUL, and nothing may be left out unseen.
+            let text = parameters.to_string().replace('\0', "\u{fffd}");
+            let keyword = "parameters".to_owned();
+            if text.chars().all(|c| u32::from(c) < 256) {
+                encoder.add_text_chunk(keyword, text)
+            } else {
+                encoder.add_itxt_chunk(keyword, text)
+            }
+        });
         written
             .and_then(|()| encoder.write_header())
             .and_then(|mut writer| {

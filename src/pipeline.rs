@@ -4,8 +4,10 @@
 //! diffusers' `StableDiffusionPipeline`: the same seed and settings give the same picture.
 
 mod loading;
+mod preview;
 
 use std::collections::VecDeque;
+use std::num::NonZeroUsize;
 
 use candle_core::DType;
 
@@ -21,6 +23,7 @@ use crate::tensor::{Tensor, program};
 use crate::tokenizer::Tokenizer;
 
 pub use loading::LoadOptions;
+use preview::Preview;
 
 /// Steps that may be under way on a remote device while the next ones are sent.
 const RUN_AHEAD: usize = 4;
@@ -72,6 +75,8 @@ pub struct PictureRequest<'a> {
     pub guidance_scale: f64,
     /// Height and width in pixels, multiples of the VAE's scale factor.
     pub size: ImageSize,
+    /// Every so many steps an approximate picture is shown, if at all.
+    pub preview_every: Option<NonZeroUsize>,
 }
 
 impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
@@ -117,7 +122,8 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         let embeddings = self.encode(request, guidance, progress)?; // (1 or 2, 77, hidden)
         let embeddings = embeddings.to_device::<U>(&self.devices.unet)?;
         let text = self.unet.text_key_values(&embeddings)?;
-        let denoising = Denoising { size, guidance, text: &text, seed: request.seed };
+        let &PictureRequest { seed, preview_every, .. } = request;
+        let denoising = Denoising { size, guidance, text: &text, seed, preview_every };
         self.denoise(&plan, &denoising, progress, observe)
     }
 
@@ -161,7 +167,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         progress: &dyn Progress,
         observe: &mut dyn FnMut(&Tensor<U>) -> Result<()>,
     ) -> Result<Tensor<U>> {
-        let &Denoising { size, guidance, text, seed } = denoising;
+        let &Denoising { size, guidance, text, seed, preview_every } = denoising;
         let shape = [1, self.unet.config.in_channels, size.height, size.width];
         let mut noise = NoiseStream { seed, drawn: 0 };
         let mut sample = noise.draw::<U>(shape, &self.devices.unet)?;
@@ -183,16 +189,24 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             let stores = step.stores.iter().map(|store| sources.combine(&store.value));
             let (stores, next) =
                 (stores.collect::<Result<Vec<_>>>()?, sources.combine(&step.sample)?);
+            // After the last step there is the picture itself.
+            let is_shown =
+                index + 1 < total && preview_every.is_some_and(|every| (index + 1) % every == 0);
+            let original = is_shown.then(|| sources.combine(&step.original)).transpose()?;
             for (store, value) in step.stores.iter().zip(stores) {
                 stored[store.slot] = Some(value);
             }
             sample = next;
             observe(&sample)?;
-            marks.push_back(self.devices.unet.mark()?);
+            let preview = original.as_ref().map(Preview::begin).transpose()?;
+            marks.push_back((self.devices.unet.mark()?, preview));
             while marks.len() > RUN_AHEAD || (index + 1 == total && !marks.is_empty()) {
-                if let Some(mark) = marks.pop_front() {
-                    self.devices.unet.wait(mark)?;
-                    progress.report(Event::Step { done: index + 1 - marks.len(), total });
+                let Some((mark, preview)) = marks.pop_front() else { break };
+                self.devices.unet.wait(mark)?;
+                let done = index + 1 - marks.len();
+                progress.report(Event::Step { done, total });
+                if let Some(preview) = preview {
+                    progress.report(Event::Preview { done, picture: &preview.finish()? });
                 }
             }
         }
@@ -251,6 +265,7 @@ struct Denoising<'a, B> {
     guidance: Guidance,
     text: &'a TextKeyValues<B>,
     seed: u64,
+    preview_every: Option<NonZeroUsize>,
 }
 
 /// Classifier-free guidance.

@@ -2,6 +2,7 @@
 //! terminal, because weights and pipeline report and only the command line shows.
 
 use crate::error::Result;
+use crate::image::Picture;
 
 /// Something that happened, or how far something got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +54,13 @@ pub enum Event<'a> {
         done: usize,
         /// Steps of this picture.
         total: usize,
+    },
+    /// An approximate picture, small.
+    Preview {
+        /// Steps finished.
+        done: usize,
+        /// One pixel for each of the latents.
+        picture: &'a Picture,
     },
     /// The last step is done; latents become pixels.
     Decoding,

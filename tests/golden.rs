@@ -166,6 +166,7 @@ impl Case {
             steps: self.steps,
             guidance_scale: self.guidance_scale,
             size: self.size,
+            preview_every: None,
         }
     }
 }

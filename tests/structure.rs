@@ -35,7 +35,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("schedule", &["rng"]),
     ("tokenizer", &[]),
     ("image", &[]),
-    ("progress", &[]),
+    ("progress", &["image"]),
     ("rng", &[]),
     ("error", &[]),
 ];

@@ -12,7 +12,7 @@ pub mod mapped;
 pub mod order;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{DType, Layout, Shape};
+use candle_core::{CpuStorage, DType, Layout, Shape};
 
 pub use fused::{
     Activation, Attention, Conv2d, Fused, GroupNorm, LayerNorm, Linear, Meta, MetaRef, Role, Size2d,
@@ -35,12 +35,24 @@ pub trait Backend:
     /// Whatever the device cannot do: a dtype, memory, a lost connection.
     fn fused(op: &Fused, args: &[View<'_, Self>]) -> Result<Self>;
 
+    /// Asks for the whole buffer and does not wait for it; what is done later is not held up.
+    ///
+    /// # Errors
+    /// If the device is gone.
+    fn begin_read(&self) -> Result<Reading> {
+        let values = self.to_cpu_storage()?;
+        Ok(Box::new(move || Ok(values)))
+    }
+
     /// Bytes of memory that the buffer takes, if they are not those of its elements: a prepared
     /// weight may be kept in another form.
     fn held_bytes(&self) -> Option<u64> {
         None
     }
 }
+
+/// Waits for a buffer that was asked for.
+pub type Reading = Box<dyn FnOnce() -> Result<CpuStorage> + Send>;
 
 /// An operand: a storage and what of it is meant.
 #[derive(Debug)]

@@ -1,6 +1,7 @@
 //! The flags as clap sees them, and the help. Separate from what they mean: adding a flag is one
 //! field here and one line in `job.rs`.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Parser};
@@ -111,6 +112,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", default_value = "1", allow_negative_numbers = true)]
     pub count: Count,
 
+    /// Write an approximate picture after every N steps, OUTPUT-preview.png, gone at the end
+    #[arg(long, value_name = "N")]
+    pub preview: Option<NonZeroUsize>,
+
     /// Print nothing but errors
     #[arg(short, long, action = ArgAction::SetTrue, conflicts_with = "verbose")]
     pub quiet: bool,
@@ -150,6 +155,7 @@ Examples:
   tiny-sd \"a fox\" --scheduler euler-a
   tiny-sd \"a fox\" --dtype f32 --device cpu --threads 8
   tiny-sd \"a fox\" -s 7 --count 4 -o fox.png      fox-1.png … fox-4.png with seeds 7 to 10
+  tiny-sd \"a fox\" -o fox.png --preview 5          fox-preview.png while it is being made
   tiny-sd \"a fox\" -q                             --quiet; -v, --verbose says more
   tiny-sd worker --listen 0.0.0.0:4433           lend this machine (tiny-sd worker --help)
   tiny-sd \"a fox\" --device @url.txt --stats      on that machine; --stats says what it did

@@ -190,6 +190,8 @@ impl Progress for Display {
             Event::Warning(text) => self.warn(format!("warning: {text}")),
             Event::Truncated { which, text } => self.warn(truncation_warning(which, text)),
             Event::Step { done, total } => self.step(done, total),
+            // A file, which is not drawn here.
+            Event::Preview { .. } => {}
             Event::Decoding => {
                 let mut state = self.state();
                 clear(&mut state);

@@ -3,6 +3,7 @@
 //! beside its own text comes in through [`Surroundings`].
 
 use std::ffi::OsString;
+use std::num::NonZeroUsize;
 use std::path::Path;
 
 use clap::Parser;
@@ -55,6 +56,8 @@ pub struct Job {
     pub count: Count,
     /// Where they go.
     pub output: OutputPlan,
+    /// After every so many steps there is a preview, if at all.
+    pub preview: Option<NonZeroUsize>,
     /// How much is said on the way.
     pub verbosity: Verbosity,
     /// Whether the device says at the end what it did.
@@ -139,6 +142,9 @@ fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result<Job> {
         )));
     }
     let output = OutputPlan::new(args.output.as_deref(), args.count, surroundings)?;
+    if let (Some(_), OutputPlan::Stdout) = (args.preview, &output) {
+        return Err(Error::usage("--preview writes files beside the picture: give --output FILE"));
+    }
     let seed = match args.seed {
         Some(seed) => seed,
         None => surroundings.random_seed(),
@@ -175,6 +181,7 @@ fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result<Job> {
         threads: args.threads,
         count: args.count,
         output,
+        preview: args.preview,
         verbosity: match (args.quiet, args.verbose) {
             (true, _) => Verbosity::Quiet,
             (false, true) => Verbosity::Verbose,
@@ -326,6 +333,7 @@ pub(super) mod tests {
             threads: None,
             count: "1".parse().unwrap(),
             output: OutputPlan::Fresh("tiny-sd-{seed}.png".into()),
+            preview: None,
             verbosity: Verbosity::Normal,
             stats: false,
         };
@@ -403,6 +411,8 @@ pub(super) mod tests {
             ("x|--scheduler|eular", "did you mean euler?"),
             ("x|--dtype|f64", "one of auto, f32, f16, bf16"),
             ("x|--device|gpu", "one of auto, cpu"),
+            ("x|--preview|0", "--preview"),
+            ("x|-o|-|--preview|5", "--preview writes files beside the picture"),
             ("x|-m|nope", "there is no such folder"),
             ("x|-m|./m|--revision|v1", "--revision v1 is for repositories of the hub"),
             ("x|--revision|../x", "letters, digits"),

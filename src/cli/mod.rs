@@ -14,6 +14,7 @@ mod model;
 mod output;
 mod painter;
 mod places;
+mod previews;
 mod remote;
 mod run;
 mod values;

@@ -114,7 +114,8 @@ impl Progress for Watch<'_> {
             | Event::Loading { .. }
             | Event::Warning(_)
             | Event::Truncated { .. }
-            | Event::Step { .. } => {}
+            | Event::Step { .. }
+            | Event::Preview { .. } => {}
         }
         self.progress.report(event);
     }

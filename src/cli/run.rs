@@ -9,6 +9,7 @@ use super::files;
 use super::interrupt;
 use super::job::Job;
 use super::output::Target;
+use super::previews::Previews;
 use super::values::Verbosity;
 use crate::error::Result;
 use crate::image::{ImageSize, Parameters, Picture};
@@ -116,8 +117,11 @@ fn paint_one(
         steps: job.steps.get(),
         guidance_scale: job.guidance_scale.get(),
         size: job.size.or(painter.default_size()),
+        preview_every: job.preview,
     };
-    let picture = painter.paint(&request, display)?;
+    let previews = Previews::new(display, request.size, target);
+    let picture = painter.paint(&request, &previews)?;
+    drop(previews);
     // Whoever interrupts does not want the picture that was nearly done.
     display.check()?;
     let parameters = Parameters {

@@ -15,7 +15,7 @@ use super::device::Device;
 use super::op::execute::{batch_m_n_k, from_bytes};
 use super::op::infer::Source;
 use super::op::{Binary, Call, Copy2d, Id, Op, Operand, Unary};
-use crate::backend::{Backend, Fused, Meta, MetaRef, Size2d, View};
+use crate::backend::{Backend, Fused, Meta, MetaRef, Reading, Size2d, View};
 use crate::error::Error;
 
 /// A buffer on a worker, known here by its number.
@@ -138,6 +138,14 @@ impl Backend for Storage {
     fn fused(op: &Fused, args: &[View<'_, Self>]) -> crate::Result<Self> {
         make(Op::Fused(op.clone()), args)
     }
+
+    fn begin_read(&self) -> crate::Result<Reading> {
+        let dtype = self.meta.dtype;
+        let len = self.meta.layout.shape().elem_count() * dtype.size_in_bytes();
+        let session = self.session().clone();
+        let ticket = session.read(self.id, len as u64)?;
+        Ok(Box::new(move || from_bytes(dtype, &session.data(ticket)?)))
+    }
 }
 
 impl BackendStorage for Storage {
@@ -156,9 +164,7 @@ impl BackendStorage for Storage {
     }
 
     fn to_cpu_storage(&self) -> Result<CpuStorage> {
-        let len = self.meta.layout.shape().elem_count() * self.meta.dtype.size_in_bytes();
-        let bytes = self.session().data(self.session().read(self.id, len as u64)?)?;
-        Ok(from_bytes(self.meta.dtype, &bytes)?)
+        Ok(self.begin_read()?()?)
     }
 
     fn affine(&self, l: &Layout, mul: f64, add: f64) -> Result<Self> {

@@ -37,10 +37,11 @@ impl Compile for Ddim {
             let next =
                 self.training.alpha_cumprod_or_final(visited - stride, self.set_alpha_to_one)?;
             let (alpha, sigma) = (alpha_cumprod.sqrt(), (1.0 - alpha_cumprod).sqrt());
+            let original = self.prediction.original(alpha, sigma);
             let sample = Combination::default()
-                .plus_all(next.sqrt(), &self.prediction.original(alpha, sigma))
+                .plus_all(next.sqrt(), &original)
                 .plus_all((1.0 - next).sqrt(), &self.prediction.noise(alpha, sigma));
-            Ok(Step { timestep, input_scale: 1.0, stores: Vec::new(), sample })
+            Ok(Step { timestep, input_scale: 1.0, stores: Vec::new(), sample, original })
         };
         let timesteps = round(self.timesteps.visit(train, steps));
         Plan::new(1.0, timesteps.into_iter().map(step).collect::<Result<_>>()?)

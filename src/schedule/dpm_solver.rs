@@ -98,8 +98,8 @@ impl Compile for DpmSolver {
             let order = self.order_at(index, count);
             let earlier = |back: usize| Source::Stored((index - back) % ring);
             let sample = self.advance(&sigmas[..index + 2], order, &original, earlier);
-            let stores = vec![Store { slot: index % ring, value: original }];
-            Step { timestep, input_scale: 1.0, stores, sample }
+            let stores = vec![Store { slot: index % ring, value: original.clone() }];
+            Step { timestep, input_scale: 1.0, stores, sample, original }
         };
         Plan::new(1.0, timesteps.iter().copied().enumerate().map(step).collect())
     }

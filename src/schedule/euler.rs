@@ -32,7 +32,7 @@ pub(super) fn read(fields: &Fields) -> Result<Euler> {
 
 impl Compile for Euler {
     fn compile(&self, steps: usize) -> Result<Plan> {
-        self.sigmas.plan(steps, self.final_sigma, |sigma, next| {
+        self.sigmas.plan(steps, self.final_sigma, self.prediction, |sigma, next| {
             Combination::from(Source::Sample)
                 .plus_all(next - sigma, &derivative(self.prediction, sigma))
         })
@@ -76,6 +76,7 @@ impl TrainingSigmas {
         &self,
         steps: usize,
         final_sigma: f64,
+        prediction: Prediction,
         advance: impl Fn(f64, f64) -> Combination,
     ) -> Result<Plan> {
         let timesteps = self.timesteps.visit(self.sigmas.len(), steps);
@@ -95,6 +96,8 @@ impl TrainingSigmas {
             input_scale: 1.0 / (pair[0] * pair[0] + 1.0).sqrt(),
             stores: Vec::new(),
             sample: advance(pair[0], pair[1]),
+            original: Combination::from(Source::Sample)
+                .plus_all(-pair[0], &derivative(prediction, pair[0])),
         };
         Plan::new(
             init_noise_sigma,

@@ -23,7 +23,7 @@ pub(super) fn read(fields: &Fields) -> Result<EulerAncestral> {
 
 impl Compile for EulerAncestral {
     fn compile(&self, steps: usize) -> Result<Plan> {
-        self.sigmas.plan(steps, 0.0, |sigma, next| {
+        self.sigmas.plan(steps, 0.0, self.prediction, |sigma, next| {
             let (square, next_square) = (sigma * sigma, next * next);
             let up_square = next_square * (square - next_square) / square;
             let down = (next_square - up_square).sqrt();

@@ -150,6 +150,35 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_a_step_takes_for_the_original_has_none_of_its_noise() {
+        let config = serde_json::json!({
+            "_class_name": "DDIMScheduler", "clip_sample": false, "set_alpha_to_one": true,
+            "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+            "skip_prk_steps": true,
+        });
+        for kind in SchedulerKind::ALL {
+            let config = SchedulerConfig::parse(&config).unwrap();
+            let plan = config.for_scheduler(*kind).unwrap().plan(20).unwrap();
+            for step in &plan.steps {
+                let weight = |source| {
+                    let terms = step.original.terms().iter();
+                    terms.filter(|term| term.0 == source).map(|term| term.1).sum::<f64>()
+                };
+                let (of_sample, of_output) = (weight(Source::Sample), weight(Source::Output));
+                // The output is the noise: `sample = alpha * original + sigma * output`.
+                let (alpha, sigma) = (1.0 / of_sample, -of_output / of_sample);
+                let squares =
+                    (alpha * step.input_scale).powi(2) + (sigma * step.input_scale).powi(2);
+                assert!((squares - 1.0).abs() < 1e-6, "{kind:?} {step:?}");
+            }
+            let last = plan.steps.last().unwrap();
+            if matches!(kind, SchedulerKind::Euler | SchedulerKind::Ddim) {
+                assert_eq!(last.sample, last.original, "{kind:?}: the end is the original");
+            }
+        }
+    }
+
+    #[test]
     fn every_name_is_parsed_and_a_misspelt_one_is_answered() {
         for kind in SchedulerKind::ALL {
             assert_eq!(SchedulerKind::parse(kind.name()).ok(), Some(*kind));

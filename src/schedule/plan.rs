@@ -31,6 +31,9 @@ pub struct Step {
     pub stores: Vec<Store>,
     /// The next sample.
     pub sample: Combination,
+    /// What this step takes the finished sample to be, of this step's sample and output alone: for
+    /// previews.
+    pub original: Combination,
 }
 
 /// A slot and its new value.
@@ -156,7 +159,7 @@ mod tests {
     use super::*;
 
     fn step(stores: Vec<Store>, sample: Combination) -> Step {
-        Step { timestep: 1.0, input_scale: 1.0, stores, sample }
+        Step { timestep: 1.0, input_scale: 1.0, stores, sample, original: Combination::default() }
     }
 
     #[test]

@@ -70,7 +70,7 @@ impl Pndm {
                     Combination::default().plus(Source::Output, 0.5).plus(Source::Stored(0), 0.5);
                 let first = Source::Stored(FIRST_SAMPLE);
                 let sample = self.transfer(first, &mean, second + stride, *second)?;
-                planned.push(step_at(*second, Vec::new(), sample));
+                planned.push(self.step(*second, Vec::new(), sample)?);
             }
         }
         Ok(planned)
@@ -102,13 +102,16 @@ impl Pndm {
                     0 => {
                         let sample = self.transfer(Source::Sample, &output, from, to)?;
                         let stores = vec![keep_output(earlier), keep_sample(), store(weighted)];
-                        step_at(timestep, stores, sample)
+                        self.step(timestep, stores, sample)?
                     }
                     1 | 2 => {
                         let sample = self.transfer(first, &output, from, to)?;
-                        step_at(timestep, vec![store(mean)], sample)
+                        self.step(timestep, vec![store(mean)], sample)?
                     }
-                    _ => step_at(timestep, Vec::new(), self.transfer(first, &mean, from, to)?),
+                    _ => {
+                        let sample = self.transfer(first, &mean, from, to)?;
+                        self.step(timestep, Vec::new(), sample)?
+                    }
                 });
             }
         }
@@ -122,7 +125,13 @@ impl Pndm {
     fn multistep(&self, earlier: usize, timestep: i64, stride: i64) -> Result<Step> {
         let output = adams_bashforth(earlier);
         let sample = self.transfer(Source::Sample, &output, timestep, timestep - stride)?;
-        Ok(step_at(timestep, vec![keep_output(earlier)], sample))
+        self.step(timestep, vec![keep_output(earlier)], sample)
+    }
+
+    fn step(&self, timestep: i64, stores: Vec<Store>, sample: Combination) -> Result<Step> {
+        let alpha = self.training.alpha_cumprod_or_final(timestep, self.set_alpha_to_one)?;
+        let original = self.prediction.original(alpha.sqrt(), (1.0 - alpha).sqrt());
+        Ok(Step { timestep: timestep as f64, input_scale: 1.0, stores, sample, original })
     }
 
     /// Formula (9) of the paper: from timestep `from` to `to` along `output`.
@@ -147,10 +156,6 @@ impl Pndm {
             .plus(sample, (next / alpha).sqrt())
             .plus_all(-(next - alpha) / denominator, &noise))
     }
-}
-
-fn step_at(timestep: i64, stores: Vec<Store>, sample: Combination) -> Step {
-    Step { timestep: timestep as f64, input_scale: 1.0, stores, sample }
 }
 
 fn keep_output(earlier: usize) -> Store {

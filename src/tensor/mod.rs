@@ -15,12 +15,13 @@ mod view;
 pub use ops::Weight;
 pub use program::program;
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 
 use candle_core::backend::BackendDevice;
-use candle_core::{CpuStorage, DType, Layout, Shape, WithDType};
+use candle_core::{DType, Layout, Shape, WithDType};
 
-use crate::backend::{Backend, Device, HostTensor, MetaRef, Noise};
+use crate::backend::{self, Backend, Device, HostTensor, MetaRef, Noise};
 use crate::error::{Error, Result};
 
 /// A view of a storage. Cloning shares the storage.
@@ -147,19 +148,50 @@ impl<B: Backend> Tensor<B> {
     /// # Errors
     /// If the dtype is not `T`, or whatever went wrong on the way to this tensor.
     pub fn to_vec<T: WithDType>(&self) -> Result<Vec<T>> {
-        if self.dtype() != T::DTYPE {
-            let (have, want) = (self.dtype().as_str(), T::DTYPE.as_str());
-            return Err(Error::other(format!("a tensor of {have} was read as {want}")));
-        }
-        let mut values = T::cpu_storage_data(self.to_cpu_storage()?)?;
-        values.truncate(self.elem_count());
-        Ok(values)
+        self.begin_read::<T>()?.finish()
     }
 
-    /// The storage on the host, whose first elements are this tensor's in row-major order.
-    fn to_cpu_storage(&self) -> Result<CpuStorage> {
-        let at_start = self.layout.is_contiguous() && self.layout.start_offset() == 0;
-        let dense = if at_start { self.clone() } else { self.copy()? };
-        Ok(dense.storage.to_cpu_storage()?)
+    /// As [`to_vec`](Self::to_vec), but asks now and waits when the [`Reading`] is finished: what a
+    /// remote device does in between is not held up.
+    ///
+    /// # Errors
+    /// If the dtype is not `T`, or the device is gone.
+    pub fn begin_read<T: WithDType>(&self) -> Result<Reading<T>> {
+        self.check_dtype(T::DTYPE)?;
+        let (reading, count) = (self.at_start()?.storage.begin_read()?, self.elem_count());
+        Ok(Reading { reading, count, element: PhantomData })
+    }
+
+    fn check_dtype(&self, want: DType) -> Result<()> {
+        if self.dtype() != want {
+            let (have, want) = (self.dtype().as_str(), want.as_str());
+            return Err(Error::other(format!("a tensor of {have} was read as {want}")));
+        }
+        Ok(())
+    }
+
+    /// The elements in row-major order at the start of a storage.
+    fn at_start(&self) -> Result<Self> {
+        let is_at_start = self.layout.is_contiguous() && self.layout.start_offset() == 0;
+        if is_at_start { Ok(self.clone()) } else { self.copy() }
+    }
+}
+
+/// Elements on their way to the host.
+pub struct Reading<T> {
+    reading: backend::Reading,
+    count: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: WithDType> Reading<T> {
+    /// Waits for them.
+    ///
+    /// # Errors
+    /// Whatever went wrong on the way to the tensor.
+    pub fn finish(self) -> Result<Vec<T>> {
+        let mut values = T::cpu_storage_data((self.reading)()?)?;
+        values.truncate(self.count);
+        Ok(values)
     }
 }
