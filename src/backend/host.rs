@@ -29,7 +29,16 @@ pub struct HostTensor {
     /// Where element 0 of the storage begins in `bytes`, in bytes.
     byte_offset: usize,
     origin: Option<Origin>,
-    digest: Arc<OnceLock<[u8; 32]>>,
+    digests: Arc<Digests>,
+}
+
+/// The digests of a tensor as it is stored, and cast to other dtypes.
+#[derive(Default)]
+struct Digests {
+    stored: OnceLock<[u8; 32]>,
+    f32: OnceLock<[u8; 32]>,
+    f16: OnceLock<[u8; 32]>,
+    bf16: OnceLock<[u8; 32]>,
 }
 
 /// Where in which file a tensor lies: what its digest can be remembered by.
@@ -61,8 +70,8 @@ impl HostTensor {
             .and_then(|len| len.checked_add(byte_offset));
         match end {
             Some(end) if end <= available => {
-                let (origin, digest) = (None, Arc::default());
-                Ok(Self { dtype, layout, bytes, byte_offset, origin, digest })
+                let (origin, digests) = (None, Arc::default());
+                Ok(Self { dtype, layout, bytes, byte_offset, origin, digests })
             }
             _ => Err(Error::model(format!(
                 "a tensor of shape {:?} with strides {:?} at byte {byte_offset} reaches beyond \
@@ -108,7 +117,7 @@ impl HostTensor {
     /// BLAKE3-256 of dtype, shape and row-major bytes: equal for equal weights, however a file
     /// stores them. Computed once, shared by clones.
     pub fn digest(&self) -> [u8; 32] {
-        *self.digest.get_or_init(|| {
+        *self.digests.stored.get_or_init(|| {
             let mut hasher = digest_of(self.dtype, self.layout.dims());
             self.row_major(&mut |bytes| {
                 hasher.update_rayon(bytes);
@@ -117,15 +126,27 @@ impl HostTensor {
         })
     }
 
-    /// The digest, if it was computed before.
-    pub fn known_digest(&self) -> Option<[u8; 32]> {
-        self.digest.get().copied()
+    /// The digest of the tensor as `dtype`, if it was computed before.
+    pub fn known_digest(&self, dtype: DType) -> Option<[u8; 32]> {
+        self.digest_as(dtype).and_then(OnceLock::get).copied()
     }
 
-    /// Remembers a digest from an earlier run, unless it was computed already.
-    pub fn remember_digest(&self, digest: [u8; 32]) {
-        // The first stays.
-        let _ = self.digest.set(digest);
+    /// Remembers the digest of the tensor as `dtype`, unless it was computed already.
+    pub fn remember_digest(&self, dtype: DType, digest: [u8; 32]) {
+        if let Some(known) = self.digest_as(dtype) {
+            // The first stays.
+            let _ = known.set(digest);
+        }
+    }
+
+    fn digest_as(&self, dtype: DType) -> Option<&OnceLock<[u8; 32]>> {
+        match dtype {
+            dtype if dtype == self.dtype => Some(&self.digests.stored),
+            DType::F32 => Some(&self.digests.f32),
+            DType::F16 => Some(&self.digests.f16),
+            DType::BF16 => Some(&self.digests.bf16),
+            _ => None,
+        }
     }
 
     /// The elements' bytes in row-major order, in pieces.

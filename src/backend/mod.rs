@@ -105,15 +105,16 @@ pub trait Device: BackendDevice + Send + Sync + 'static {
     /// The work that [`Begun::Record`] began failed.
     fn abort_program(&self);
 
-    /// Hears of weights that will be uploaded, all at once, so that a remote device asks once for
-    /// all of them; `progress` is told bytes that were sent, and of how many: 0 of 0 while that is
-    /// not known yet.
+    /// Hears of weights that will be uploaded as `dtype`, all at once, so that a remote device asks
+    /// once for all of them; `progress` is told bytes that were sent, and of how many: 0 of 0 while
+    /// that is not known yet.
     ///
     /// # Errors
     /// If the device is gone, or `progress` says so.
     fn announce(
         &self,
         tensors: &[&HostTensor],
+        dtype: DType,
         progress: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<()>;
 

@@ -141,7 +141,7 @@ impl<'a> Loading<'a> {
         if tensors.is_empty() {
             return Ok(());
         }
-        device.announce(&tensors, &mut |done, total| {
+        device.announce(&tensors, self.dtype, &mut |done, total| {
             if total > 0 {
                 self.progress.report(Event::Sending { done, total });
             }

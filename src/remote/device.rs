@@ -15,6 +15,7 @@ use super::storage::{Storage, check_same_worker};
 use super::transport::BulkSource;
 use super::upload::Uploads;
 use super::wire::{MAX_INLINE_BYTES, Wire};
+use super::wire_form::WireForm;
 use crate::backend::{Begun, HostTensor, Noise, View};
 use crate::error::Error;
 
@@ -115,9 +116,11 @@ impl crate::backend::Device for Device {
     fn announce(
         &self,
         tensors: &[&HostTensor],
+        dtype: DType,
         progress: &mut dyn FnMut(u64, u64) -> crate::Result<()>,
     ) -> crate::Result<()> {
-        self.0.uploads.announce(self.session(), tensors, progress)
+        let weights: Vec<_> = tensors.iter().map(|tensor| WireForm::new(tensor, dtype)).collect();
+        self.0.uploads.announce(self.session(), &weights, progress)
     }
 
     fn name(&self) -> String {
@@ -133,7 +136,8 @@ impl crate::backend::Device for Device {
     }
 
     fn upload(&self, tensor: &HostTensor, dtype: DType) -> crate::Result<Storage> {
-        let digest = self.0.uploads.digest(self.session(), tensor)?;
+        let weight = WireForm::new(tensor, dtype);
+        let digest = self.0.uploads.digest(self.session(), &weight)?;
         self.create(Op::Weight { digest, dtype, dims: tensor.layout().dims().to_vec() })
     }
 }

@@ -10,6 +10,8 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use candle_core::DType;
+
 use crate::backend::HostTensor;
 use crate::backend::host::{FileStamp, Origin};
 
@@ -40,16 +42,16 @@ impl Digests {
         Some(Self::new(cache.join("tiny-sd/digests")))
     }
 
-    /// Tells the tensors the digests that are known.
-    pub fn recall(&self, tensors: &[&HostTensor]) {
+    /// Tells the tensors the digests that are known, each as the dtype beside it.
+    pub fn recall(&self, tensors: &[(&HostTensor, DType)]) {
         for (file, tensors) in by_file(tensors) {
-            if tensors.iter().all(|(tensor, _)| tensor.known_digest().is_some()) {
+            if tensors.iter().all(|(tensor, _, dtype)| tensor.known_digest(*dtype).is_some()) {
                 continue;
             }
             let known = self.load(file);
-            for (tensor, origin) in tensors {
-                if let Some(digest) = known.get(&key(tensor, origin)) {
-                    tensor.remember_digest(*digest);
+            for (tensor, origin, dtype) in tensors {
+                if let Some(digest) = known.get(&key(tensor, origin, dtype)) {
+                    tensor.remember_digest(dtype, *digest);
                 }
             }
         }
@@ -57,15 +59,15 @@ impl Digests {
 
     /// Keeps the digests of tensors that lie in files; `now` is before any of them was computed.
     /// Those of a file that has just changed are not kept: it may change again unseen.
-    pub fn keep(&self, tensors: &[&HostTensor], now: SystemTime) {
+    pub fn keep(&self, tensors: &[(&HostTensor, DType)], now: SystemTime) {
         for (file, tensors) in by_file(tensors) {
             if !file.is_settled(now) {
                 continue;
             }
             let mut known = self.load(file);
             let before = known.len();
-            known.extend(tensors.iter().filter_map(|(tensor, origin)| {
-                Some((key(tensor, origin), tensor.known_digest()?))
+            known.extend(tensors.iter().filter_map(|(tensor, origin, dtype)| {
+                Some((key(tensor, origin, *dtype), tensor.known_digest(*dtype)?))
             }));
             if known.len() > before && known.len() * 2 * DIGEST_LEN < MAX_FILE_LEN as usize {
                 // Without it the next run takes longer, no more.
@@ -113,14 +115,14 @@ impl Digests {
     }
 }
 
-/// A file's tensors, each with its place.
-type InFile<'t> = Vec<(&'t HostTensor, &'t Origin)>;
+/// A file's tensors, each with its place and a dtype.
+type InFile<'t> = Vec<(&'t HostTensor, &'t Origin, DType)>;
 
-fn by_file<'t>(tensors: &[&'t HostTensor]) -> HashMap<&'t FileStamp, InFile<'t>> {
+fn by_file<'t>(tensors: &[(&'t HostTensor, DType)]) -> HashMap<&'t FileStamp, InFile<'t>> {
     let mut files = HashMap::<&FileStamp, InFile<'_>>::new();
-    for tensor in tensors {
+    for (tensor, dtype) in tensors {
         if let Some(origin) = tensor.origin() {
-            files.entry(&origin.file).or_default().push((tensor, origin));
+            files.entry(&origin.file).or_default().push((tensor, origin, *dtype));
         }
     }
     files
@@ -133,13 +135,16 @@ fn put_stamp(hasher: &mut blake3::Hasher, FileStamp { path, len, modified_ns, in
     hasher.update(&inode.to_le_bytes());
 }
 
-fn key(tensor: &HostTensor, origin: &Origin) -> [u8; DIGEST_LEN] {
+fn key(tensor: &HostTensor, origin: &Origin, cast: DType) -> [u8; DIGEST_LEN] {
     let mut hasher = blake3::Hasher::new();
     put_stamp(&mut hasher, &origin.file);
     let layout = tensor.layout();
     let (dtype, offset) = (tensor.dtype().as_str(), origin.offset);
     let (dims, stride, start) = (layout.dims(), layout.stride(), layout.start_offset());
     hasher.update(format!("{dtype} {offset} {dims:?} {stride:?} {start}").as_bytes());
+    if cast != tensor.dtype() {
+        hasher.update(format!(" as {}", cast.as_str()).as_bytes());
+    }
     *hasher.finalize().as_bytes()
 }
 
@@ -154,7 +159,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
-    use candle_core::{DType, Layout};
+    use candle_core::Layout;
 
     use super::*;
     use crate::backend::host::{SharedBytes, map};
@@ -178,15 +183,17 @@ mod tests {
         let later = SystemTime::now() + Duration::from_secs(60);
         let known = || {
             let [a, b] = tensors(&path);
-            digests.recall(&[&a, &b]);
-            [a.known_digest(), b.known_digest()]
+            digests.recall(&[(&a, DType::F32), (&b, DType::F16)]);
+            [a.known_digest(DType::F32), b.known_digest(DType::F16)]
         };
         let [a, b] = tensors(&path);
-        let expected = [a.digest(), b.digest()].map(Some);
+        b.remember_digest(DType::F16, [7; 32]);
+        let expected = [Some(a.digest()), Some([7; 32])];
+        let both = [(&a, DType::F32), (&b, DType::F16)];
         // Not while the file may change without its time showing it.
-        digests.keep(&[&a, &b], SystemTime::UNIX_EPOCH);
+        digests.keep(&both, SystemTime::UNIX_EPOCH);
         assert_eq!(known(), [None, None]);
-        digests.keep(&[&a, &b], later);
+        digests.keep(&both, later);
         assert_eq!(known(), expected);
         // Damaged, and written again.
         let stored = digests.path(&a.origin().unwrap().file);
@@ -194,7 +201,7 @@ mod tests {
         bytes[70] ^= 1;
         std::fs::write(&stored, bytes).unwrap();
         assert_eq!(known(), [None, None]);
-        digests.keep(&[&a, &b], later);
+        digests.keep(&both, later);
         assert_eq!(known(), expected);
         // The file is replaced by another of the same size.
         std::fs::write(folder.path().join("new"), (1..49).collect::<Vec<u8>>()).unwrap();

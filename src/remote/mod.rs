@@ -25,6 +25,7 @@ pub mod turns;
 pub mod upload;
 pub mod url;
 pub mod wire;
+pub mod wire_form;
 pub mod worker;
 
 /// Of the protocol; a change that an older side would misunderstand raises it.

@@ -13,6 +13,7 @@ use super::digests::Digests;
 use super::op::{Digest, Op};
 use super::transport::BulkSource;
 use super::wire::Wire;
+use super::wire_form::WireForm;
 use crate::backend::HostTensor;
 use crate::backend::gather::Gather;
 use crate::error::{Error, Result};
@@ -42,7 +43,7 @@ impl Uploads {
         Self { digests, known: Mutex::default() }
     }
 
-    /// Asks once which of the tensors the worker has and sends the others, in order; returns when
+    /// Asks once which of the weights the worker has and sends the others, in order; returns when
     /// the last byte was handed to the network.
     ///
     /// # Errors
@@ -50,63 +51,65 @@ impl Uploads {
     pub fn announce(
         &self,
         session: &Session,
-        tensors: &[&HostTensor],
+        weights: &[WireForm],
         progress: Progress<'_>,
     ) -> Result<()> {
-        self.hash(tensors, progress)?;
-        let flow = self.send(session, tensors)?;
+        self.hash(weights, progress)?;
+        let flow = self.send(session, weights)?;
         flow.wait(session, progress)
     }
 
-    /// As [`announce`](Self::announce) for one tensor, if that was not done, but does not wait
+    /// As [`announce`](Self::announce) for one weight, if that was not done, but does not wait
     /// until it is sent.
     ///
     /// # Errors
     /// If the session is over.
-    pub fn digest(&self, session: &Session, tensor: &HostTensor) -> Result<Digest> {
-        let digest = Digest(tensor.digest());
+    pub fn digest(&self, session: &Session, weight: &WireForm) -> Result<Digest> {
+        let digest = weight.digest()?;
         if !self.known().contains(&digest) {
-            self.send(session, &[tensor])?;
+            self.send(session, std::slice::from_ref(weight))?;
         }
         Ok(digest)
     }
 
     /// Computes the digests that no earlier run has computed.
-    fn hash(&self, tensors: &[&HostTensor], progress: Progress<'_>) -> Result<()> {
+    fn hash(&self, weights: &[WireForm], progress: Progress<'_>) -> Result<()> {
         let now = SystemTime::now();
+        let tensors: Vec<_> =
+            weights.iter().map(|weight| (weight.stored(), weight.dtype())).collect();
         if let Some(digests) = &self.digests {
-            digests.recall(tensors);
+            digests.recall(&tensors);
         }
         let unknown: Vec<_> =
-            tensors.iter().filter(|tensor| tensor.known_digest().is_none()).collect();
+            weights.iter().filter(|weight| weight.known_digest().is_none()).collect();
         let mut rest = unknown.as_slice();
         while !rest.is_empty() {
             progress(0, 0)?;
             let mut bytes = 0;
-            let fits = rest.iter().position(|tensor| {
-                bytes += tensor.byte_len();
+            let fits = rest.iter().position(|weight| {
+                bytes += weight.stored().byte_len();
                 bytes > HASHED_BYTES
             });
             let (part, others) = rest.split_at(fits.map_or(rest.len(), |fits| fits.max(1)));
-            part.par_iter().for_each(|tensor| {
-                tensor.digest();
-            });
+            part.par_iter().try_for_each(|weight| weight.digest().map(drop))?;
             rest = others;
         }
         if let Some(digests) = self.digests.as_ref().filter(|_| !unknown.is_empty()) {
-            digests.keep(tensors, now);
+            digests.keep(&tensors, now);
         }
         Ok(())
     }
 
     /// Probes, and queues what is not there.
-    fn send(&self, session: &Session, tensors: &[&HostTensor]) -> Result<Arc<Flow>> {
+    fn send(&self, session: &Session, weights: &[WireForm]) -> Result<Arc<Flow>> {
         let mut seen = self.known().clone();
-        let new: Vec<_> = tensors
-            .iter()
-            .map(|tensor| (Digest(tensor.digest()), *tensor))
-            .filter(|(digest, _)| seen.insert(*digest))
-            .collect();
+        let mut new = Vec::new();
+        for weight in weights {
+            let digest = weight.digest()?;
+            if seen.insert(digest) {
+                new.push((digest, weight));
+            }
+        }
         let flow = Arc::new(Flow::default());
         if new.is_empty() {
             return Ok(flow);
@@ -116,9 +119,9 @@ impl Uploads {
         let missing = new.iter().zip(&present).filter(|(_, is_there)| !**is_there);
         let missing: Vec<_> = missing.map(|(new, _)| *new).collect();
         // The total is whole before the first is taken.
-        flow.state().total = missing.iter().map(|(_, tensor)| tensor.byte_len()).sum();
-        for (digest, tensor) in missing {
-            session.send_bulk(source(digest, tensor.clone(), &flow))?;
+        flow.state().total = missing.iter().map(|(_, weight)| weight.byte_len()).sum();
+        for (digest, weight) in missing {
+            session.send_bulk(source(digest, weight.clone(), &flow))?;
         }
         self.known().extend(digests);
         Ok(flow)
@@ -204,18 +207,23 @@ impl Drop for Part {
     }
 }
 
-/// A weight in row-major order, as it is stored: the worker casts it, if it is to be cast.
-fn source(digest: Digest, tensor: HostTensor, flow: &Arc<Flow>) -> BulkSource {
-    let (dtype, dims) = (tensor.dtype(), tensor.layout().dims().to_vec());
+/// A weight in row-major order. It is cast when the first byte is asked for and forgotten with the
+/// transfer, so that few are in memory at a time.
+fn source(digest: Digest, weight: WireForm, flow: &Arc<Flow>) -> BulkSource {
+    let (dtype, dims) = (weight.dtype(), weight.stored().layout().dims().to_vec());
     let mut header = Vec::new();
     Op::Weight { digest, dtype, dims }.put(&mut header);
     flow.state().open += 1;
-    let (part, len) = (Part(flow.clone()), tensor.byte_len());
-    let mut bytes = RowMajor { gather: tensor.gather(), tensor, carry: [0; 8], carried: 0..0 };
+    let (part, len) = (Part(flow.clone()), weight.byte_len());
+    let mut started = None::<RowMajor>;
     let read = move |buffer: &mut [u8]| {
         if part.0.is_cancelled.load(Ordering::Relaxed) {
             return Err(Error::interrupted());
         }
+        let bytes = match &mut started {
+            Some(bytes) => bytes,
+            None => started.insert(RowMajor::new(weight.cast()?)),
+        };
         let read = bytes.read(buffer);
         part.0.state().sent += read as u64;
         Ok(read)
@@ -233,6 +241,10 @@ struct RowMajor {
 }
 
 impl RowMajor {
+    fn new(tensor: HostTensor) -> Self {
+        Self { gather: tensor.gather(), tensor, carry: [0; 8], carried: 0..0 }
+    }
+
     fn read(&mut self, buffer: &mut [u8]) -> usize {
         if self.carried.is_empty() {
             match self.gather.read(self.tensor.bytes(), buffer) {
@@ -268,7 +280,8 @@ mod tests {
         let mut expected = Vec::new();
         tensor.row_major(&mut |bytes| expected.extend_from_slice(bytes));
         for size in 1..40 {
-            let mut source = source(Digest(tensor.digest()), tensor.clone(), &Arc::default());
+            let weight = WireForm::new(&tensor, DType::F64);
+            let mut source = source(weight.digest().unwrap(), weight, &Arc::default());
             let (mut found, mut buffer) = (Vec::new(), vec![0; size]);
             loop {
                 match (source.read)(&mut buffer).unwrap() {

@@ -49,6 +49,15 @@ impl Device {
     }
 }
 
+/// The elements of a tensor from a file as another dtype, in row-major order: the bits that
+/// [`upload`](super::Device::upload) gives.
+///
+/// # Errors
+/// If the memory cannot be had or the cast is not possible.
+pub fn cast(tensor: &HostTensor, dtype: DType) -> Result<CpuStorage> {
+    kernels::upload(tensor, dtype)
+}
+
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "cpu::Device({} threads)", self.threads())
@@ -79,7 +88,12 @@ impl super::Device for Device {
     fn abort_program(&self) {}
 
     /// Weights are mapped files already.
-    fn announce(&self, _: &[&HostTensor], _: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<()> {
+    fn announce(
+        &self,
+        _: &[&HostTensor],
+        _: DType,
+        _: &mut dyn FnMut(u64, u64) -> Result<()>,
+    ) -> Result<()> {
         Ok(())
     }
 

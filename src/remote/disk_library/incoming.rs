@@ -151,7 +151,7 @@ impl Incoming {
                 file::read(&path, &file)?
             }
         };
-        kept.tensor.remember_digest(self.digest.0);
+        kept.tensor.remember_digest(kept.tensor.dtype(), self.digest.0);
         table.put(self.digest, kept, std::mem::take(&mut self.reserved));
         if let Some(tensor) = table.pin(&self.digest) {
             self.session.hold(self.digest, tensor);

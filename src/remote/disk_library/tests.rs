@@ -45,7 +45,7 @@ fn total(model: &[HostTensor]) -> u64 {
 
 fn announce(device: &Device, model: &[HostTensor]) -> Result<(u64, u64)> {
     let mut last = (0, 0);
-    device.announce(&model.iter().collect::<Vec<_>>(), &mut |done, total| {
+    device.announce(&model.iter().collect::<Vec<_>>(), DType::F32, &mut |done, total| {
         last = (done, total);
         Ok(())
     })?;
@@ -350,7 +350,7 @@ fn whoever_watches_may_end_the_sending() {
     let connection = Connection::new(&worker, u64::MAX);
     let model = model(true);
     let tensors: Vec<_> = model.iter().collect();
-    let ended = connection.device.announce(&tensors, &mut |_, total| match total {
+    let ended = connection.device.announce(&tensors, DType::F32, &mut |_, total| match total {
         0 => Ok(()),
         _ => Err(Error::interrupted()),
     });
@@ -371,6 +371,23 @@ fn nobody_waits_for_what_never_comes() {
         session.end();
         assert_eq!(waiting.join().unwrap(), "the client is gone");
     });
+}
+
+#[test]
+fn a_weight_is_cast_where_that_costs_fewer_bytes_and_its_bits_are_the_same() {
+    let worker = Worker::new(DiskLibrary::in_memory(Limits::new(1 << 20)));
+    let cpu = Cpu::with_threads(1).unwrap();
+    let bytes: Vec<u8> = (0..60).flat_map(|n| (1.0 / (n as f32 - 7.3)).to_le_bytes()).collect();
+    let layout = Layout::new((3, 4, 5).into(), vec![1, 15, 3], 0);
+    let tensor = HostTensor::new(DType::F32, layout, Arc::new(bytes), 0).unwrap();
+    for (dtype, size) in [(DType::BF16, 2), (DType::F16, 2), (DType::F32, 4), (DType::BF16, 0)] {
+        let connection = Connection::new(&worker, u64::MAX);
+        connection.device.announce(&[&tensor], dtype, &mut |_, _| Ok(())).unwrap();
+        let there = connection.device.upload(&tensor, dtype).unwrap().to_cpu_storage().unwrap();
+        let here = cpu.upload(&tensor, dtype).unwrap().to_cpu_storage().unwrap();
+        assert_eq!(bytes_of(&there), bytes_of(&here), "{dtype:?}");
+        assert_eq!(connection.sent(), 60 * size, "{dtype:?}");
+    }
 }
 
 #[test]

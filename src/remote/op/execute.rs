@@ -231,16 +231,24 @@ pub fn from_bytes(dtype: DType, bytes: &[u8]) -> Result<CpuStorage> {
 pub fn to_bytes(storage: &CpuStorage) -> Result<Vec<u8>> {
     Ok(match storage {
         CpuStorage::U8(values) => values.clone(),
-        CpuStorage::U32(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        CpuStorage::I64(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        CpuStorage::BF16(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        CpuStorage::F16(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        CpuStorage::F32(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        CpuStorage::F64(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        CpuStorage::U32(values) => little_endian(values, u32::to_le_bytes),
+        CpuStorage::I64(values) => little_endian(values, i64::to_le_bytes),
+        CpuStorage::BF16(values) => little_endian(values, bf16::to_le_bytes),
+        CpuStorage::F16(values) => little_endian(values, f16::to_le_bytes),
+        CpuStorage::F32(values) => little_endian(values, f32::to_le_bytes),
+        CpuStorage::F64(values) => little_endian(values, f64::to_le_bytes),
         other => {
             return Err(Error::other(format!("{} does not travel", other.dtype().as_str())));
         }
     })
+}
+
+fn little_endian<T: Copy, const N: usize>(values: &[T], to: impl Fn(T) -> [u8; N]) -> Vec<u8> {
+    let mut bytes = vec![0; values.len() * N];
+    for (chunk, value) in bytes.as_chunks_mut::<N>().0.iter_mut().zip(values) {
+        *chunk = to(*value);
+    }
+    bytes
 }
 
 fn elements<T: WithDType, const N: usize>(bytes: &[u8], from: fn([u8; N]) -> T) -> Vec<T> {
