@@ -1,7 +1,7 @@
 //! A weight on its way to the cache: written beside it, checked, and only then renamed into it.
 //! Separate because whatever ends a transfer, nothing of it may stay but a whole weight.
 
-use std::io::Write;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,9 +17,13 @@ use crate::error::{Error, Result};
 use crate::remote::op::Digest;
 use crate::remote::transport::BulkSink;
 
-/// A file for a weight that comes, beside those that are there.
+/// A file for a weight that comes, beside those that are there. It is locked as long as somebody
+/// writes it, which tells other workers on the folder that it was not left behind.
 pub fn create(folder: &Path) -> std::io::Result<NamedTempFile> {
-    tempfile::Builder::new().prefix(INCOMING).tempfile_in(folder)
+    let file = tempfile::Builder::new().prefix(INCOMING).tempfile_in(folder)?;
+    // On a file system without locks the file's age tells.
+    let _ = file.as_file().try_lock();
+    Ok(file)
 }
 
 /// The sink of one weight's row-major bytes.
@@ -85,13 +89,16 @@ impl Incoming {
         self.reserved = bytes;
         // Memory grows as bytes come, not by what a client says.
         self.target = Target::Memory(Vec::new());
-        if let Some(folder) = &self.session.table.folder {
+        if let Some(folder) = self.session.folder() {
             let header = file::header(self.digest, self.dtype, &self.dims)?;
             let file = create(folder).and_then(|mut file| {
                 file.write_all(&header)?;
                 Ok(file)
             });
-            self.target = Target::File(file.map_err(|error| cannot_keep(&error))?);
+            match file {
+                Ok(file) => self.target = Target::File(file),
+                Err(error) => self.session.cannot_write(&error),
+            }
         }
         Ok(())
     }
@@ -101,20 +108,23 @@ impl Incoming {
         if received > self.len {
             return Err(self.wrong_len(received));
         }
-        self.received = received;
         match &mut self.target {
             Target::Known => {}
             Target::Memory(memory) => {
                 self.hasher.update(bytes);
-                let more = memory.try_reserve(bytes.len());
-                more.map_err(|_| Error::remote("the worker has no memory for a weight"))?;
-                memory.extend_from_slice(bytes);
+                append(memory, bytes)?;
             }
             Target::File(file) => {
                 self.hasher.update(bytes);
-                file.write_all(bytes).map_err(|error| cannot_keep(&error))?;
+                if let Err(error) = file.write_all(bytes) {
+                    self.session.cannot_write(&error);
+                    let mut memory = back_from_disk(file, self.received)?;
+                    append(&mut memory, bytes)?;
+                    self.target = Target::Memory(memory);
+                }
             }
         }
+        self.received = received;
         self.session.received(bytes.len() as u64);
         Ok(())
     }
@@ -139,16 +149,17 @@ impl Incoming {
             (Target::Known, _) | (Target::File(_), None) => {
                 return Err(Error::remote("a weight went while it was sent: try again"));
             }
-            (Target::Memory(mut memory), _) => {
-                memory.shrink_to_fit();
-                let layout = Layout::contiguous(self.dims.clone());
-                let tensor = HostTensor::new(self.dtype, layout, Arc::new(memory), 0)?;
-                Kept { tensor, stamp: None }
-            }
+            (Target::Memory(memory), _) => self.in_memory(memory)?,
             (Target::File(file), Some(folder)) => {
                 let path = file::path(folder, &self.digest);
-                let file = file.persist(&path).map_err(|error| cannot_keep(&error.error))?;
-                file::read(&path, &file)?
+                let _ = file.as_file().unlock();
+                match file.persist(&path) {
+                    Ok(file) => file::read(&path, &file)?,
+                    Err(mut refused) => {
+                        self.session.cannot_write(&refused.error);
+                        self.in_memory(back_from_disk(&mut refused.file, self.len)?)?
+                    }
+                }
             }
         };
         kept.tensor.remember_digest(kept.tensor.dtype(), self.digest.0);
@@ -157,6 +168,13 @@ impl Incoming {
             self.session.hold(self.digest, tensor);
         }
         Ok(())
+    }
+
+    fn in_memory(&self, mut memory: Vec<u8>) -> Result<Kept> {
+        memory.shrink_to_fit();
+        let layout = Layout::contiguous(self.dims.clone());
+        let tensor = HostTensor::new(self.dtype, layout, Arc::new(memory), 0)?;
+        Ok(Kept { tensor, stamp: None })
     }
 
     fn wrong_len(&self, received: u64) -> Error {
@@ -192,10 +210,22 @@ impl Drop for Incoming {
     }
 }
 
-/// Where the folder lies is the worker's business.
-fn cannot_keep(error: &std::io::Error) -> Error {
-    tracing::warn!("the cache of weights cannot be written: {error}");
-    Error::remote(format!(
-        "the worker cannot keep a weight: {error} (worker --cache-dir, --cache-size)"
-    ))
+fn append(memory: &mut Vec<u8>, bytes: &[u8]) -> Result<()> {
+    let more = memory.try_reserve(bytes.len());
+    more.map_err(|_| Error::remote("the worker has no memory for a weight"))?;
+    memory.extend_from_slice(bytes);
+    Ok(())
+}
+
+/// The first `len` bytes of a weight whose file cannot be used any further.
+fn back_from_disk(file: &mut NamedTempFile, len: u64) -> Result<Vec<u8>> {
+    let mut memory = Vec::new();
+    let read = file
+        .seek(SeekFrom::Start(HEADER_LEN as u64))
+        .and_then(|_| file.as_file().take(len).read_to_end(&mut memory));
+    match read {
+        Ok(read) if read as u64 == len => Ok(memory),
+        // Where the folder lies is the worker's business.
+        Ok(_) | Err(_) => Err(Error::remote("the worker's cache lost a weight: try again")),
+    }
 }

@@ -2,6 +2,8 @@
 //! table because all of this ends with the session.
 
 use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use candle_core::DType;
@@ -25,6 +27,8 @@ pub struct Shared {
     state: Mutex<State>,
     /// A weight came, or none will come.
     changed: Condvar,
+    /// Nothing could be written: what comes stays in memory, until another session tries again.
+    is_disk_full: AtomicBool,
 }
 
 #[derive(Default)]
@@ -41,7 +45,12 @@ struct State {
 
 impl Session {
     pub fn new(table: Arc<Table>) -> Self {
-        Self(Arc::new(Shared { table, state: Mutex::default(), changed: Condvar::new() }))
+        Self(Arc::new(Shared {
+            table,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            is_disk_full: AtomicBool::new(false),
+        }))
     }
 }
 
@@ -106,6 +115,22 @@ impl Shared {
         let tensor = self.table.pin(digest)?;
         self.hold(*digest, tensor.clone());
         Some(tensor)
+    }
+
+    /// Where weights that come are written; `None` if they are to stay in memory.
+    pub fn folder(&self) -> Option<&Path> {
+        let folder = self.table.writable_folder();
+        folder.filter(|_| !self.is_disk_full.load(Ordering::Relaxed))
+    }
+
+    /// A weight could not be written. Said once: there may be hundreds.
+    pub fn cannot_write(&self, error: &std::io::Error) {
+        if !self.is_disk_full.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "the cache of weights cannot be written: {error}; what this session sends stays \
+                 in memory (--cache-dir, --cache-size)"
+            );
+        }
     }
 
     /// Keeps a weight that was pinned for this session.

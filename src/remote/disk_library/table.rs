@@ -2,9 +2,10 @@
 //! room is needed. Separate from the sessions, which wait, and from the transfers, which write.
 
 use std::collections::HashMap;
-use std::fs::{File, FileTimes};
+use std::fs::{File, FileTimes, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -19,7 +20,8 @@ use crate::remote::op::Digest;
 const MAX_ENTRIES: usize = 32_768;
 /// The names of files that are being received.
 pub const INCOMING: &str = ".incoming-";
-/// Received files that nobody has written to for so long were left by a worker that was killed.
+/// Where files cannot be locked, those that nobody has written to for so long were left by a worker
+/// that was killed.
 const ABANDONED_AFTER: Duration = Duration::from_secs(3600);
 
 /// The weights that a worker has.
@@ -27,6 +29,8 @@ pub struct Table {
     /// `None`: they are in memory.
     pub folder: Option<PathBuf>,
     pub limits: Limits,
+    /// What comes stays in memory.
+    is_read_only: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -52,13 +56,14 @@ struct Entry {
 impl Table {
     /// Weights in memory, none yet.
     pub fn in_memory(limits: Limits) -> Self {
-        Self { folder: None, limits, state: Mutex::default() }
+        Self { folder: None, limits, is_read_only: false.into(), state: Mutex::default() }
     }
 
-    /// The weights in `folder`, which are verified when they are asked for.
+    /// The weights in `folder`, which are verified when they are asked for. One that cannot be
+    /// written serves what it has.
     ///
     /// # Errors
-    /// If the folder cannot be made, written or listed.
+    /// If the folder cannot be made or listed.
     pub fn open(folder: &Path, limits: Limits) -> Result<Self> {
         let failed = |error: std::io::Error| {
             Error::other(format!("--cache-dir {}: {error}", folder.display()))
@@ -66,7 +71,14 @@ impl Table {
         std::fs::create_dir_all(folder).map_err(failed)?;
         let folder = folder.canonicalize().map_err(failed)?;
         // A folder that cannot be written is found out now, not in the first transfer.
-        tempfile::Builder::new().prefix(INCOMING).tempfile_in(&folder).map_err(failed)?;
+        let probe = tempfile::Builder::new().prefix(INCOMING).tempfile_in(&folder);
+        if let Err(error) = &probe {
+            tracing::warn!(
+                "--cache-dir {}: {error}; weights that clients send stay in memory",
+                folder.display()
+            );
+        }
+        let is_read_only = probe.is_err().into();
         let mut found = Vec::new();
         for entry in folder.read_dir().map_err(failed)? {
             let entry = entry.map_err(failed)?;
@@ -75,13 +87,15 @@ impl Table {
             if let Some(digest) = file::digest_of_name(&name) {
                 let used = metadata.accessed().or(metadata.modified());
                 found.push((used.unwrap_or(SystemTime::UNIX_EPOCH), digest, metadata.len()));
-            } else if name.to_string_lossy().starts_with(INCOMING) && is_abandoned(&metadata) {
+            } else if name.to_string_lossy().starts_with(INCOMING)
+                && is_abandoned(&entry.path(), &metadata)
+            {
                 // If it stays, it stays.
                 let _ = std::fs::remove_file(entry.path());
             }
         }
         found.sort();
-        let table = Self { folder: Some(folder), limits, state: Mutex::default() };
+        let table = Self { folder: Some(folder), limits, is_read_only, state: Mutex::default() };
         let mut state = table.lock();
         for (_, digest, bytes) in found {
             state.clock += 1;
@@ -95,6 +109,11 @@ impl Table {
         Ok(table)
     }
 
+    /// The folder, unless nothing can be written to it.
+    pub fn writable_folder(&self) -> Option<&Path> {
+        self.folder.as_deref().filter(|_| !self.is_read_only.load(Ordering::Relaxed))
+    }
+
     /// Whether the weight is there and intact. Verified once, and again when its file changes;
     /// what is damaged goes.
     pub fn is_intact(&self, digest: &Digest) -> bool {
@@ -102,7 +121,7 @@ impl Table {
         let path = file::path(folder, digest);
         let stamp = std::fs::metadata(&path).map(|metadata| FileStamp::new(&path, &metadata)).ok();
         if let Some(kept) = self.lock().entries.get(digest).and_then(|entry| entry.kept.as_ref())
-            && kept.stamp == stamp
+            && (kept.stamp.is_none() || kept.stamp == stamp)
         {
             return true;
         }
@@ -213,14 +232,18 @@ impl Table {
                      need {used} of its {max} (worker --cache-size)"
                 )));
             };
-            if let Some(folder) = &self.folder
+            let Some(entry) = state.entries.remove(&digest) else { continue };
+            state.bytes = state.bytes.saturating_sub(entry.bytes);
+            let is_in_memory = entry.kept.is_some_and(|kept| kept.stamp.is_none());
+            if let Some(folder) = self.folder.as_ref().filter(|_| !is_in_memory)
                 && let Err(error) = std::fs::remove_file(file::path(folder, &digest))
                 && error.kind() != ErrorKind::NotFound
+                && !self.is_read_only.swap(true, Ordering::Relaxed)
             {
-                return Err(Error::remote(format!("the worker's cache cannot shrink: {error}")));
-            }
-            if let Some(entry) = state.entries.remove(&digest) {
-                state.bytes = state.bytes.saturating_sub(entry.bytes);
+                tracing::warn!(
+                    "the cache of weights cannot shrink: {error}; weights that clients send stay \
+                     in memory (--cache-dir)"
+                );
             }
         }
         Ok(())
@@ -236,7 +259,15 @@ pub fn file_len(tensor: &HostTensor) -> u64 {
     tensor.byte_len().saturating_add(file::HEADER_LEN as u64)
 }
 
-fn is_abandoned(metadata: &std::fs::Metadata) -> bool {
+/// Whether nobody writes the file that was being received there.
+fn is_abandoned(path: &Path, metadata: &std::fs::Metadata) -> bool {
+    if let Ok(file) = File::options().read(true).write(true).open(path) {
+        match file.try_lock() {
+            Ok(()) => return true,
+            Err(TryLockError::WouldBlock) => return false,
+            Err(TryLockError::Error(_)) => {}
+        }
+    }
     let age = metadata.modified().ok().and_then(|time| time.elapsed().ok());
     age.is_some_and(|age| age > ABANDONED_AFTER)
 }

@@ -18,6 +18,7 @@ use crate::remote::device::Device;
 use crate::remote::library::{Recipe, Weights, prepare};
 use crate::remote::op::Digest;
 use crate::remote::op::execute::to_bytes;
+use crate::remote::transport::BulkSink as _;
 
 /// A convolution's weight (out, 6, 3, 3) in f16, by `seed`, row-major or channels-last.
 fn weight(seed: u16, out: usize, is_channels_last: bool) -> HostTensor {
@@ -285,23 +286,58 @@ fn an_evicted_weight_stays_readable_for_whoever_has_it() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_full_disk_is_a_clear_error_and_leaves_nothing() {
+fn on_a_full_disk_weights_stay_in_memory_and_take_their_room() {
     let folder = tempfile::tempdir().unwrap();
-    let table = Arc::new(Table::open(folder.path(), Limits::new(1 << 20)).unwrap());
+    let [tensor, other] = [1, 2].map(|seed| weight(seed, 8, false));
+    let room = tensor.byte_len() + file::HEADER_LEN as u64;
+    let table = Arc::new(Table::open(folder.path(), Limits::new(room)).unwrap());
     let session = Session::new(table.clone());
     let full = |folder: &Path| {
         let path = tempfile::Builder::new().tempfile_in(folder)?.into_temp_path();
         let file = std::fs::File::options().write(true).open("/dev/full")?;
         Ok(tempfile::NamedTempFile::from_parts(file, path))
     };
-    let digest = Digest([3; 32]);
-    let begun = Incoming::new(session.0.clone(), digest, DType::F32, &[4], 16, full);
-    let error = begun.err().unwrap();
-    assert_eq!(error.kind(), Kind::Remote);
-    let error = error.to_string();
-    assert!(error.contains("No space left") && error.contains("--cache-size"), "{error}");
-    drop(session);
-    assert_eq!((table.used_bytes(), files(folder.path()).len()), (0, 0));
+    let (digest, dims) = (Digest(tensor.digest()), tensor.layout().dims());
+    let (dtype, len) = (tensor.dtype(), tensor.byte_len());
+    let mut sink = Incoming::new(session.0.clone(), digest, dtype, dims, len, full).unwrap();
+    tensor.row_major(&mut |bytes| sink.write(bytes).unwrap());
+    Box::new(sink).finish().unwrap();
+    assert_eq!((table.used_bytes(), files(folder.path()).len()), (room, 0));
+    // It is there for others, and goes when nobody needs it and room is needed.
+    let next = Session::new(table.clone());
+    assert_eq!(next.get(&digest).unwrap().bytes(), tensor.bytes());
+    drop((session, next));
+    let next = Session::new(table.clone());
+    send(&next, &other).unwrap();
+    assert_eq!((table.used_bytes(), files(folder.path()).len()), (room, 1));
+    assert_eq!(next.has(&[digest]), [false]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_folder_that_cannot_be_written_is_no_reason_not_to_serve() {
+    // Nobody may make files there, not even root.
+    let library = DiskLibrary::open(Path::new("/proc/self/fdinfo"), Limits::new(1 << 20)).unwrap();
+    let tensor = weight(1, 8, true);
+    let digest = send(&*library.session(), &tensor).unwrap();
+    assert_eq!(library.session().has(&[digest]), [true]);
+}
+
+#[test]
+fn what_a_killed_worker_left_goes_and_what_a_running_one_writes_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let open = || DiskLibrary::open(folder.path(), Limits::new(1 << 20)).unwrap();
+    let running = open();
+    let (tensor, session) = (weight(1, 8, false), running.session());
+    let (digest, dims) = (Digest(tensor.digest()), tensor.layout().dims());
+    let mut sink = session.receive(digest, tensor.dtype(), dims).unwrap();
+    std::fs::write(folder.path().join(".incoming-left"), b"half").unwrap();
+    open();
+    assert_eq!(files(folder.path()).len(), 1);
+    tensor.row_major(&mut |bytes| sink.write(bytes).unwrap());
+    sink.finish().unwrap();
+    assert_eq!(open().session().has(&[digest]), [true]);
+    assert_eq!(files(folder.path()).len(), 1);
 }
 
 #[test]
