@@ -227,7 +227,8 @@ fn serve(
 ) -> Result<Server> {
     let hello = hello::Hello { version: PROTOCOL_VERSION, schema: crate::remote::schema() };
     server::serve(address, identity, hello, limits, move |info| {
-        worker.session(library.session(), info.waker)
+        let span = tracing::info_span!("session", number = info.number);
+        span.in_scope(|| worker.session(library.session(), info.waker))
     })
 }
 

@@ -6,6 +6,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use candle_core::Layout;
@@ -69,6 +70,7 @@ pub struct Executor<B: Backend> {
     idle: Cell<Duration>,
     /// Time spent waiting for other sessions' ops.
     queued: Cell<Duration>,
+    is_over: Arc<AtomicBool>,
 }
 
 impl<B: Backend> Executor<B> {
@@ -90,7 +92,13 @@ impl<B: Backend> Executor<B> {
             began: Instant::now(),
             idle: Cell::default(),
             queued: Cell::default(),
+            is_over: Arc::default(),
         }
+    }
+
+    /// Once set, a program that runs is not run to its end: nobody will ask for its results.
+    pub fn is_over(&self) -> Arc<AtomicBool> {
+        self.is_over.clone()
     }
 
     /// Time that was spent waiting for messages: for statistics.
@@ -383,7 +391,10 @@ impl<B: Backend> Executor<B> {
                 Step::Free(local) => frame.free(*local),
                 Step::Call { op, args } => {
                     self.progress.ops += 1;
-                    let result = frame.resolve(args).and_then(|args| self.compute(op, &args));
+                    let result = match self.is_over.load(Ordering::Relaxed) {
+                        true => Err(Poison::from("the session is over")),
+                        false => frame.resolve(args).and_then(|args| self.compute(op, &args)),
+                    };
                     frame.push(result);
                 }
             }

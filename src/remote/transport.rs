@@ -66,6 +66,11 @@ pub trait WorkerEnd: Send + Sync {
     /// What waits to be sent to the client, as one frame; `None` if nothing does.
     fn next_frame(&self) -> Option<Vec<u8>>;
 
+    /// Whether work is running or queued: then silence is no idleness.
+    fn is_busy(&self) -> bool {
+        false
+    }
+
     /// The client is gone: queued work is dropped and memory freed.
     fn lost(&self);
 }

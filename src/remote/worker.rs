@@ -4,6 +4,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -59,8 +60,10 @@ impl<B: Backend> Worker<B> {
             waker,
             library,
             transfers,
+            is_over: executor.is_over(),
         });
         let running = session.clone();
+        let span = tracing::Span::current();
         std::thread::Builder::new()
             .name("session".into())
             .spawn(move || {
@@ -69,6 +72,7 @@ impl<B: Backend> Worker<B> {
                     let _ = running.reply(&Reply::Fatal("internal error: it panicked".into()));
                     running.end();
                 }
+                span.in_scope(|| tracing::info!("the session's memory is free"));
             })
             .map_err(|error| Error::other(format!("no thread for the session: {error}")))?;
         Ok(session)
@@ -83,6 +87,8 @@ struct Session {
     waker: Waker,
     library: Arc<dyn Library>,
     transfers: Arc<Transfers>,
+    /// What the executor looks at between two ops.
+    is_over: Arc<AtomicBool>,
 }
 
 #[derive(Default)]
@@ -90,6 +96,7 @@ struct State {
     numbering: Numbering,
     queue: VecDeque<Vec<(Id, Message)>>,
     replies: Outbox,
+    is_running: bool,
     is_over: bool,
 }
 
@@ -121,8 +128,10 @@ impl Session {
     fn next<B: Backend>(&self, executor: &mut Executor<B>) -> Option<Vec<(Id, Message)>> {
         let mut state = self.lock();
         let started = Instant::now();
+        state.is_running = false;
         while !state.is_over {
             if let Some(messages) = state.queue.pop_front() {
+                state.is_running = true;
                 executor.idled(started.elapsed());
                 self.changed.notify_all();
                 return Some(messages);
@@ -146,6 +155,7 @@ impl Session {
     fn end(&self) {
         let mut state = self.lock();
         state.is_over = true;
+        self.is_over.store(true, Ordering::Relaxed);
         state.queue.clear();
         self.changed.notify_all();
     }
@@ -184,6 +194,11 @@ impl WorkerEnd for Session {
         let frame = self.lock().replies.take();
         self.changed.notify_all();
         frame
+    }
+
+    fn is_busy(&self) -> bool {
+        let state = self.lock();
+        state.is_running || !state.queue.is_empty()
     }
 
     fn lost(&self) {
@@ -312,5 +327,101 @@ impl BulkSink for Incoming {
         }
         self.transfers.changed.notify_all();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use super::*;
+    use crate::backend::{HostTensor, cpu};
+    use crate::remote::op::{Call, Digest, Operand, Unary};
+
+    const LIMITS: Limits = Limits { memory_bytes: 1 << 20, buffers: 100 };
+
+    fn worker() -> Worker<cpu::Storage> {
+        Worker::new(cpu::Device::with_threads(1).unwrap(), LIMITS, 1 << 20)
+    }
+
+    /// A library that says when it is asked, and answers when it is told to.
+    struct Slow {
+        asked: Sender<()>,
+        told: Mutex<Receiver<()>>,
+    }
+
+    impl Library for Slow {
+        fn has(&self, digests: &[Digest]) -> Vec<bool> {
+            self.asked.send(()).unwrap();
+            self.told.lock().unwrap().recv().unwrap();
+            vec![false; digests.len()]
+        }
+
+        fn get(&self, _: &Digest) -> Result<HostTensor> {
+            Err(Error::other("nothing is there"))
+        }
+
+        fn receive(&self, _: Digest, _: DType, _: &[usize]) -> Result<Box<dyn BulkSink>> {
+            Err(Error::other("nothing is taken"))
+        }
+
+        fn end(&self) {}
+    }
+
+    #[test]
+    fn a_session_is_busy_while_something_runs_or_waits() {
+        let (asked, hears) = channel();
+        let (tells, told) = channel();
+        let library = Arc::new(Slow { asked, told: Mutex::new(told) });
+        let session = worker().session(library, Box::new(|| {})).unwrap();
+        let mut frame = Vec::new();
+        Message::Probe(vec![Digest([0; 32])]).put(Numbering::default().next(), &mut frame);
+        for _ in 0..2 {
+            session.received(frame.clone()).unwrap();
+            assert!(session.is_busy());
+        }
+        for _ in 0..2 {
+            hears.recv().unwrap();
+            assert!(session.is_busy());
+            tells.send(()).unwrap();
+        }
+        while session.is_busy() {
+            std::thread::yield_now();
+        }
+        session.lost();
+    }
+
+    #[test]
+    fn a_program_stops_where_it_is_when_the_session_is_over() {
+        let (asked, _hears) = channel();
+        let (_tells, told) = channel();
+        let library = Arc::new(Slow { asked, told: Mutex::new(told) });
+        let device = cpu::Device::with_threads(1).unwrap();
+        let shared = Arc::new(Shared::new(device, 1 << 20));
+        let transfers = Arc::new(Transfers::new(1 << 20));
+        let mut executor = Executor::<cpu::Storage>::new(shared, library, transfers, LIMITS);
+        let is_over = executor.is_over();
+        let mut replies = Vec::new();
+        let mut run = |id: u64, message: Message| {
+            let mut reply = |reply| {
+                replies.push(reply);
+                Ok(())
+            };
+            executor.run(Id(id), message, &mut reply).unwrap();
+        };
+        let zeros = Op::Zeros { dtype: DType::F32, dims: vec![1] };
+        run(0, Message::Call(Call { op: zeros, args: vec![] }));
+        run(1, Message::BeginProgram { program: 1, inputs: vec![Id(0)] });
+        let args = vec![Operand { id: Id(0), layout: None }];
+        run(1, Message::Call(Call { op: Op::Unary(Unary::Exp), args }));
+        run(2, Message::EndProgram { outputs: vec![Id(1)] });
+        run(2, Message::Replay { program: 1, inputs: vec![Id(0)] });
+        run(3, Message::Read(Id(2)));
+        is_over.store(true, Ordering::Relaxed);
+        run(3, Message::Replay { program: 1, inputs: vec![Id(0)] });
+        run(4, Message::Read(Id(3)));
+        let bytes = 1f32.to_le_bytes().to_vec();
+        let over = Reply::Failed("the session is over".into());
+        assert_eq!(replies, [Reply::Data { bytes, is_last: true }, over]);
     }
 }

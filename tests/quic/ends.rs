@@ -39,6 +39,7 @@ pub struct Echo {
     frames: Mutex<VecDeque<Vec<u8>>>,
     waker: Waker,
     events: Sender<Event>,
+    busy: Arc<AtomicUsize>,
 }
 
 impl WorkerEnd for Echo {
@@ -67,6 +68,11 @@ impl WorkerEnd for Echo {
 
     fn next_frame(&self) -> Option<Vec<u8>> {
         self.frames.lock().unwrap().pop_front()
+    }
+
+    fn is_busy(&self) -> bool {
+        let less = |left: usize| left.checked_sub(1);
+        self.busy.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok()
     }
 
     fn lost(&self) {
@@ -184,20 +190,29 @@ pub struct Worker {
     pub server: Server,
     pub identity: Identity,
     pub events: Receiver<Event>,
+    /// How often its sessions will say that they are busy.
+    pub busy: Arc<AtomicUsize>,
 }
 
 impl Worker {
     pub fn start(limits: Limits) -> Self {
+        Self::start_as(HELLO, limits)
+    }
+
+    /// One that speaks something else.
+    pub fn start_as(hello: Hello, limits: Limits) -> Self {
         let identity = Identity::generate().unwrap();
         let (tell, events) = channel();
+        let busy = Arc::<AtomicUsize>::default();
+        let counts = busy.clone();
         let make = move |info: SessionInfo| {
             let (taken, frames) = Default::default();
-            Ok(Arc::new(Echo { taken, frames, waker: info.waker, events: tell.clone() })
-                as Arc<dyn WorkerEnd>)
+            let (waker, events, busy) = (info.waker, tell.clone(), counts.clone());
+            Ok(Arc::new(Echo { taken, frames, waker, events, busy }) as Arc<dyn WorkerEnd>)
         };
         let any = "127.0.0.1:0".parse().unwrap();
-        let server = serve(any, &identity, HELLO, limits, make).unwrap();
-        Self { server, identity, events }
+        let server = serve(any, &identity, hello, limits, make).unwrap();
+        Self { server, identity, events, busy }
     }
 
     pub fn url(&self) -> PairingUrl {

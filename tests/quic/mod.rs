@@ -1,9 +1,10 @@
 //! Frames and bulk bytes between trivial ends, over real sockets: what the network promises to the
 //! protocol.
 
-mod ends;
+pub mod ends;
 mod strangers;
 
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -239,11 +240,14 @@ fn a_worker_that_shuts_down_serves_whom_it_has() {
 }
 
 #[test]
-fn an_idle_session_is_ended() {
+fn an_idle_session_is_ended_but_not_while_it_works() {
     let idle_timeout = Some(Duration::from_millis(100));
     let worker = Worker::start(Limits { idle_timeout, ..limits() });
+    // Without a word from the client, for longer than the limit.
+    worker.busy.store(6, Ordering::SeqCst);
     let message = join(&worker.url()).lost();
     assert!(message.contains("--idle-timeout"), "{message}");
+    assert_eq!(worker.busy.load(Ordering::SeqCst), 0, "it was not asked whether it works");
 }
 
 #[test]
@@ -267,7 +271,7 @@ fn loss_and_reordering_and_delay_change_nothing_but_time() {
     let worker = Worker::start(limits());
     let seed = 11;
     let delay = Duration::from_millis(20);
-    let faults = Faults { loss: 0.05, reorder: 0.1, delay, seed };
+    let faults = Faults { loss: 0.05, reorder: 0.1, delay, seed, ..Faults::default() };
     let proxy = UdpProxy::start(worker.server.local_addr(), faults);
     let joined = join(&worker.url_at(proxy.address()));
     let (source, digest) = bulk_source(b"bulk", 1 << 20, seed);

@@ -58,7 +58,9 @@ impl Session {
             ending = self.send_frames(send, &is_active) => ending,
             ending = self.receive_bulk(&is_active) => ending,
             error = self.connection.closed() => Ending::Lost(error),
-            ending = idle(idle_timeout, &is_active) => ending,
+            ending = idle(idle_timeout, || {
+                is_active.swap(false, Ordering::Relaxed) || self.end.is_busy()
+            }) => ending,
         }
     }
 
@@ -215,13 +217,12 @@ async fn receive_one_bulk(
 }
 
 /// Ends when nothing was active for `limit`, and up to a quarter of it longer.
-async fn idle(limit: Option<Duration>, is_active: &AtomicBool) -> Ending {
+async fn idle(limit: Option<Duration>, was_active: impl Fn() -> bool) -> Ending {
     let Some(limit) = limit else { return std::future::pending().await };
     let mut quiet_quarters = 0;
     while quiet_quarters < 4 {
         sleep(limit / 4).await;
-        let was_active = is_active.swap(false, Ordering::Relaxed);
-        quiet_quarters = if was_active { 0 } else { quiet_quarters + 1 };
+        quiet_quarters = if was_active() { 0 } else { quiet_quarters + 1 };
     }
     Error::remote(format!("nothing was asked for {limit:?} (--idle-timeout)")).into()
 }
