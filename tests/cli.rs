@@ -66,3 +66,65 @@ fn help_explains_every_flag_by_example_every_exit_code_and_every_variable() {
         assert!(rest.contains(variable), "{variable}");
     }
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_picture_for_a_closed_standard_output_is_an_error() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/models/tiny");
+    let check = |redirection: &str, code: i32, expected: &str| {
+        let script = format!("\"$0\" x -q --steps 1 -o - -m {model} {redirection}");
+        let program = env!("CARGO_BIN_EXE_tiny-sd");
+        let output = Command::new("sh").args(["-c", &script, program]).output().unwrap();
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{redirection}: {stderr}");
+        assert!(stderr.contains(expected), "{redirection}: {stderr}");
+    };
+    check(">&-", 1, "standard output is closed");
+    check("> /dev/null", 0, "");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_token_file_that_is_a_link_to_nothing_is_one_clear_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let link = folder.path().join("token");
+    std::os::unix::fs::symlink("/nowhere/token", &link).unwrap();
+    let output = tiny_sd(&format!("worker|--listen|127.0.0.1:0|--token-file|{}", link.display()));
+    let expected = format!(
+        "error: the worker's identity file {} is a link to nothing, or comes and goes\n",
+        link.display()
+    );
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(2), &*expected));
+}
+
+#[test]
+fn more_steps_than_a_scheduler_can_take_say_which_and_why() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/models/tiny");
+    let output = tiny_sd(&format!("x|-m|{model}|--steps|1000|--device|cpu|-o|-"));
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    let expected = "--steps 1000 are too many for 1000 timesteps with this spacing: timestep 500 ";
+    assert!(stderr.contains(expected), "{stderr}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_systemd_unit_of_the_readme_is_one() {
+    let readme = include_str!("../README.md");
+    let start = readme.find("[Unit]").unwrap();
+    let end = start + readme[start..].find("```").unwrap();
+    let installed = "/usr/local/bin/tiny-sd";
+    let unit = readme[start..end].replace(installed, env!("CARGO_BIN_EXE_tiny-sd"));
+    // The program knows its flags.
+    let joined = unit.replace("\\\n", " ");
+    let command = joined.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
+    let words: Vec<_> = command.split_whitespace().skip(1).chain(["--help"]).collect();
+    assert_eq!(tiny_sd(&words.join("|")).status.code(), Some(0), "{command}");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny-sd-worker.service");
+    std::fs::write(&path, unit).unwrap();
+    match Command::new("systemd-analyze").arg("verify").arg(&path).output() {
+        Ok(output) => assert!(output.status.success(), "{}", text(&output.stderr)),
+        Err(error) => println!("systemd-analyze: {error}: its part was not tested"),
+    }
+}

@@ -43,7 +43,7 @@ pub(super) fn at(path: &Path) -> At {
 /// # Errors
 /// If the folder is missing or nothing can be created in it, or the file cannot be replaced.
 pub(super) fn check_writable(target: &Target) -> Result<()> {
-    let (Target::Replace(path) | Target::Fresh(path)) = target else { return Ok(()) };
+    let (Target::Replace(path) | Target::Fresh(path)) = target else { return check_stdout() };
     let path = match target {
         Target::Replace(_) => end_of_links(path)?,
         Target::Stdout | Target::Fresh(_) => path.clone(),
@@ -63,6 +63,28 @@ pub(super) fn check_writable(target: &Target) -> Result<()> {
     }
     let _one_at_a_time = no_temporary_file();
     temporary_file(&path).map(drop)
+}
+
+/// Rust opens `/dev/null` for reading and writing where a process starts without a standard output;
+/// a shell's `> /dev/null` is for writing only, and means it.
+#[cfg(target_os = "linux")]
+fn check_stdout() -> Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    const DEV_NULL: u64 = 0x103;
+    const READ_WRITE: u32 = 0o2;
+    let device = fs::metadata("/proc/self/fd/1").map(|metadata| metadata.rdev()).ok();
+    let info = fs::read_to_string("/proc/self/fdinfo/1").unwrap_or_default();
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+    let flags = flags.and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok());
+    if device == Some(DEV_NULL) && flags.is_some_and(|flags| flags & 0o3 == READ_WRITE) {
+        return Err(Error::other("standard output is closed (-o -): the picture would be lost"));
+    }
+    Ok(())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn check_stdout() -> Result<()> {
+    Ok(())
 }
 
 /// Writes a whole picture; gives the path that it got, `None` for standard output.

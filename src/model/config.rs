@@ -62,7 +62,10 @@ impl<'a> Fields<'a> {
         };
         match (counts, self.raw(name)) {
             (Some(counts), _) if counts.len() == len => Ok(counts),
-            (_, value) => Err(self.error(name, &format!("must hold {len} counts, not {value:?}"))),
+            (_, value) => {
+                let value = value.map_or("nothing".to_owned(), Value::to_string);
+                Err(self.error(name, &format!("must be a count or {len} of them, not {value}")))
+            }
         }
     }
 
@@ -206,7 +209,10 @@ mod tests {
         assert!(fields.count("a", Some(3)).is_err());
         assert!(fields.flag("b", false).unwrap_err().to_string().contains("`b`: \"x\""));
         assert_eq!(fields.counts("c", 1, 2).unwrap(), [1, 2]);
-        assert!(fields.counts("c", 1, 3).is_err());
+        assert_eq!(
+            fields.counts("c", 1, 3).unwrap_err().to_string(),
+            "f: `c`: must be a count or 3 of them, not [1,2]"
+        );
         assert_eq!(fields.counts("missing", 7, 3).unwrap(), [7, 7, 7]);
         assert!(fields.count("d", None).is_err());
         assert!(fields.only("b", json!("y")).is_err());

@@ -176,7 +176,7 @@ impl<B> Table<B> {
                 let used = self.bytes;
                 return Err(Error::other(format!(
                     "out of memory: {bytes} bytes of weights beside the {used} in use are more \
-                     than the worker's {max_bytes}"
+                     than the worker's {max_bytes} (worker --weights-memory)"
                 )));
             };
             self.bytes = self.bytes.saturating_sub(entry.bytes);

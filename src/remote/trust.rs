@@ -142,9 +142,8 @@ impl Identity {
         match identity.save(&path) {
             Ok(()) => Ok(identity),
             // Another worker was faster: its identity is the one to use.
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                Self::load(&path)?.ok_or_else(|| unusable(&path, "it comes and goes"))
-            }
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Self::load(&path)?
+                .ok_or_else(|| unusable(&path, "is a link to nothing, or comes and goes")),
             Err(error) => Err(unusable(&path, &format!("cannot be written: {error}"))),
         }
     }

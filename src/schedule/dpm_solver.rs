@@ -101,7 +101,18 @@ impl Compile for DpmSolver {
             let stores = vec![Store { slot: index % ring, value: original.clone() }];
             Step { timestep, input_scale: 1.0, stores, sample, original }
         };
-        Plan::new(1.0, timesteps.iter().copied().enumerate().map(step).collect())
+        let plan = Plan::new(1.0, timesteps.iter().copied().enumerate().map(step).collect());
+        let twice = timesteps.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0]);
+        plan.map_err(|error| match twice {
+            // diffusers accepts it and gives pictures of NaN.
+            Some(timestep) => Error::usage(format!(
+                "--steps {steps} are too many for {} timesteps with this spacing: timestep \
+                 {timestep} would come twice in a row, which this scheduler cannot compute; try \
+                 fewer --steps or another --scheduler",
+                self.last_timestep
+            )),
+            None => error,
+        })
     }
 }
 
