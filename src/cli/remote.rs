@@ -30,6 +30,9 @@ impl Link {
     /// # Errors
     /// If it is not there, is not the one that was meant, or refuses.
     pub fn open(url: &PairingUrl, progress: &dyn Progress) -> Result<Self> {
+        if let Some(warning) = url.warning() {
+            progress.report(Event::Warning(warning));
+        }
         Self::with(url, None, progress)
     }
 

@@ -27,6 +27,8 @@ pub struct PairingUrl {
     port: u16,
     token: Token,
     fingerprint: Fingerprint,
+    /// What is wrong with the file that it came from.
+    warning: Option<String>,
 }
 
 impl PairingUrl {
@@ -38,7 +40,7 @@ impl PairingUrl {
         if host.parse::<IpAddr>().is_err() {
             check_name(host)?;
         }
-        Ok(Self { host: host.to_owned(), port, token, fingerprint })
+        Ok(Self { host: host.to_owned(), port, token, fingerprint, warning: None })
     }
 
     /// What `--device` was given: the URL itself, or `@file` for a file that holds it, so that the
@@ -49,14 +51,23 @@ impl PairingUrl {
     pub fn from_argument(argument: &str) -> Result<Self> {
         let Some(path) = argument.strip_prefix('@') else { return argument.parse() };
         let mut text = String::new();
-        let read = File::open(path)
-            .and_then(|file| file.take(MAX_URL_BYTES.saturating_add(1)).read_to_string(&mut text));
-        read.map_err(|error| {
+        let read = File::open(path).and_then(|file| {
+            let warning = exposure(path, &file);
+            file.take(MAX_URL_BYTES.saturating_add(1)).read_to_string(&mut text)?;
+            Ok(warning)
+        });
+        let warning = read.map_err(|error| {
             Error::usage(format!("cannot read the pairing URL in {path}: {error} (--device @file)"))
         })?;
         let line = text.lines().map(str::trim).find(|line| !line.is_empty());
         let line = line.ok_or_else(|| Error::usage(format!("{path} holds no pairing URL")))?;
-        line.parse().map_err(|error: Error| error.context(path))
+        let url: Self = line.parse().map_err(|error: Error| error.context(path))?;
+        Ok(Self { warning, ..url })
+    }
+
+    /// What the user should know about the file that it came from.
+    pub fn warning(&self) -> Option<&str> {
+        self.warning.as_deref()
     }
 
     /// The value of [`DEVICE_VARIABLE`], if it is set; `@file` works there too. What it holds need
@@ -121,6 +132,7 @@ pub fn pairing_urls(bound: SocketAddr, identity: &Identity) -> Vec<PairingUrl> {
         port: bound.port(),
         token: identity.token().clone(),
         fingerprint: identity.fingerprint(),
+        warning: None,
     }]
 }
 
@@ -154,8 +166,24 @@ impl FromStr for PairingUrl {
         let token = Token::from_hex(token)
             .ok_or_else(|| wrong("has a token that is not 64 hexadecimal digits"))?;
         let (host, port) = parse_place(place.strip_suffix('/').unwrap_or(place))?;
-        Ok(Self { host, port, token, fingerprint: parse_query(query)? })
+        Ok(Self { host, port, token, fingerprint: parse_query(query)?, warning: None })
     }
+}
+
+/// Whoever can read the file can use the worker.
+#[cfg(unix)]
+fn exposure(path: &str, file: &File) -> Option<String> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = file.metadata().ok().filter(|metadata| metadata.is_file())?;
+    let mode = metadata.mode() & 0o777;
+    (mode & 0o077 != 0).then(|| {
+        format!("{path} holds a worker's secret and is open to others (mode {mode:03o}): chmod 600")
+    })
+}
+
+#[cfg(not(unix))]
+fn exposure(_path: &str, _file: &File) -> Option<String> {
+    None
 }
 
 fn parse_place(place: &str) -> Result<(String, u16)> {
