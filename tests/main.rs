@@ -2,11 +2,13 @@
 
 mod cli;
 mod end_to_end;
+mod faults;
 mod golden;
 mod hub;
 mod kernels;
 mod numbers;
 mod peer;
+mod processes;
 mod protocol;
 mod quic;
 mod remote;

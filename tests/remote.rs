@@ -2,92 +2,16 @@
 //! network.
 
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
-use tempfile::TempDir;
 use tiny_sd::remote::client::Session;
 use tiny_sd::remote::hello::Hello;
 use tiny_sd::remote::quic::client::connect;
 use tiny_sd::remote::url::PairingUrl;
 use tiny_sd::remote::{PROTOCOL_VERSION, schema};
 
-/// A worker that is stopped when the test ends.
-struct Worker {
-    child: Child,
-    url: String,
-    folder: TempDir,
-}
-
-impl Worker {
-    fn start() -> Self {
-        Self::start_in(tempfile::tempdir().unwrap(), &[])
-    }
-
-    fn start_in(folder: TempDir, more: &[&str]) -> Self {
-        let mut child = program()
-            .args(["worker", "--listen", "127.0.0.1:0", "--threads", "2", "--cache-dir"])
-            .arg(folder.path().join("cache"))
-            .arg("--token-file")
-            .arg(folder.path().join("token"))
-            .args(more)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut url = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut url).unwrap();
-        let url = url.trim().to_owned();
-        assert!(url.starts_with("quic://") && url.contains("?cert="), "{url}");
-        Self { child, url, folder }
-    }
-
-    /// Ends it without a word; its folder stays.
-    fn kill(mut self) -> TempDir {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap())
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_tiny-sd"));
-    command.env_remove("TINY_SD_DEVICE").stdin(Stdio::null());
-    command
-}
-
-fn paint(model: &str, device: &str, output: &Path, more: &[&str]) -> Output {
-    command(model, device, output, more).output().unwrap()
-}
-
-fn command(model: &str, device: &str, output: &Path, more: &[&str]) -> Command {
-    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(model);
-    let mut command = program();
-    command
-        .args(["a red fox", "--steps", "3", "--threads", "2", "--stats", "--device", device])
-        .arg("-m")
-        .arg(model)
-        .arg("-o")
-        .arg(output)
-        .args(if more.contains(&"-s") { &[][..] } else { &["-s", "7"] })
-        .args(more)
-        .env("XDG_CACHE_HOME", output.parent().unwrap());
-    command
-}
-
-fn succeeds(output: &Output) -> String {
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{stderr}");
-    stderr
-}
+use crate::processes::{Worker, client, fails, paint, succeeds};
 
 #[test]
 fn a_worker_makes_the_very_bytes_that_the_cpu_makes() {
@@ -205,10 +129,7 @@ fn what_goes_wrong_on_the_way_is_one_line_and_exit_code_4() {
     let (start, fingerprint) = url.split_once("?cert=").unwrap();
     let wrong_certificate = format!("{start}?cert={}", "0".repeat(fingerprint.len()));
     let check = |device: &str, expected: &str| {
-        let found = paint("tiny", device, &output, &[]);
-        let stderr = String::from_utf8_lossy(&found.stderr);
-        assert_eq!(found.status.code(), Some(4), "{stderr}");
-        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        let stderr = fails(&paint("tiny", device, &output, &[]));
         assert!(stderr.contains(expected), "{stderr}");
         assert!(!stderr.contains(token), "{stderr}");
         assert!(!output.exists());
@@ -222,14 +143,14 @@ fn what_goes_wrong_on_the_way_is_one_line_and_exit_code_4() {
 #[test]
 fn a_client_whose_turn_it_is_not_says_so_and_waits() {
     let folder = tempfile::tempdir().unwrap();
-    let worker = Worker::start_in(tempfile::tempdir().unwrap(), &["--max-sessions", "1"]);
+    let worker = Worker::start_with(&["--max-sessions", "1"]);
     let url = worker.url.parse::<PairingUrl>().unwrap();
     let hello = Hello { version: PROTOCOL_VERSION, schema: schema() };
     let session = Session::new("holds the place");
     let limit = Duration::from_secs(10);
     let held = connect(&url, session, hello, limit, &mut |_| Ok(())).unwrap();
     let output = folder.path().join("x.png");
-    let mut waiting = command("tiny", &worker.url, &output, &[]).stderr(Stdio::piped()).spawn();
+    let mut waiting = client("tiny", &worker.url, &output, &[]).stderr(Stdio::piped()).spawn();
     let mut stderr = BufReader::new(waiting.as_mut().unwrap().stderr.take().unwrap());
     let mut line = String::new();
     stderr.read_line(&mut line).unwrap();
@@ -239,4 +160,22 @@ fn a_client_whose_turn_it_is_not_says_so_and_waits() {
     stderr.read_to_string(&mut line).unwrap();
     assert!(waiting.unwrap().wait().unwrap().success(), "{line}");
     assert!(output.exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_url_file_that_others_can_read_is_a_warning() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let worker = Worker::start();
+    let file = folder.path().join("url");
+    std::fs::write(&file, &worker.url).unwrap();
+    for (mode, is_warned) in [(0o644, true), (0o600, false)] {
+        std::fs::set_permissions(&file, PermissionsExt::from_mode(mode)).unwrap();
+        let device = format!("@{}", file.display());
+        let stderr = succeeds(&paint("tiny", &device, &folder.path().join("x.png"), &[]));
+        let expected = format!("warning: {} holds a worker's secret", file.display());
+        assert_eq!(stderr.contains(&expected), is_warned, "{stderr}");
+        assert_eq!(stderr.matches("warning").count(), usize::from(is_warned), "{stderr}");
+    }
 }

@@ -4,7 +4,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
@@ -24,7 +24,19 @@ pub struct Faults {
     pub delay: Duration,
     /// Equal seeds lose the same packets, counted as they come.
     pub seed: u64,
+    /// A while in which no packet passes.
+    pub blackout: Option<Blackout>,
 }
+
+/// From the `from_packet`th packet on, counted from 1 both ways.
+#[derive(Clone, Copy)]
+pub struct Blackout {
+    pub from_packet: u64,
+    pub lasts: Duration,
+}
+
+/// What is to happen when so many packets have come.
+type Action = Box<dyn FnOnce() + Send>;
 
 /// A proxy on loopback. Dropping it ends its threads.
 pub struct UdpProxy {
@@ -35,6 +47,8 @@ pub struct UdpProxy {
 struct Shared {
     faults: Faults,
     worker: SocketAddr,
+    /// Where the worker sees the clients.
+    clients_ip: IpAddr,
     front: UdpSocket,
     state: Mutex<State>,
     due: Condvar,
@@ -46,6 +60,8 @@ struct State {
     random: u64,
     packets: u64,
     lost: u64,
+    dark_until: Option<Instant>,
+    action: Option<(u64, Action)>,
     queue: BinaryHeap<Reverse<Packet>>,
 }
 
@@ -81,13 +97,26 @@ impl Eq for Packet {}
 impl UdpProxy {
     /// In front of `worker`.
     pub fn start(worker: SocketAddr, faults: Faults) -> Self {
+        Self::start_as(Ipv4Addr::LOCALHOST.into(), worker, faults)
+    }
+
+    /// In front of `worker`, which sees `clients_ip` as the address of whoever comes.
+    pub fn start_as(clients_ip: IpAddr, worker: SocketAddr, faults: Faults) -> Self {
         let front = UdpSocket::bind("127.0.0.1:0").unwrap();
         front.set_read_timeout(Some(POLL)).unwrap();
         let address = front.local_addr().unwrap();
-        let state = State { random: faults.seed, packets: 0, lost: 0, queue: BinaryHeap::new() };
+        let state = State {
+            random: faults.seed,
+            packets: 0,
+            lost: 0,
+            dark_until: None,
+            action: None,
+            queue: BinaryHeap::new(),
+        };
         let shared = Arc::new(Shared {
             faults,
             worker,
+            clients_ip,
             front,
             state: Mutex::new(state),
             due: Condvar::new(),
@@ -108,6 +137,16 @@ impl UdpProxy {
     /// From now on no packet passes, or they do again.
     pub fn set_silent(&self, is_silent: bool) {
         self.shared.is_silent.store(is_silent, Ordering::SeqCst);
+    }
+
+    /// Does something once, when the `number`th packet has come, counted from 1 both ways.
+    pub fn at_packet(&self, number: u64, action: impl FnOnce() + Send + 'static) {
+        self.shared.lock().action = Some((number, Box::new(action)));
+    }
+
+    /// Packets that came, both ways.
+    pub fn packets(&self) -> u64 {
+        self.shared.lock().packets
     }
 
     /// Packets that were lost on purpose.
@@ -144,7 +183,7 @@ impl Shared {
 
     /// A socket towards the worker for one client, and the way back.
     fn open_back(self: &Arc<Self>, client: SocketAddr) -> Arc<UdpSocket> {
-        let back = Arc::new(UdpSocket::bind("127.0.0.1:0").unwrap());
+        let back = Arc::new(UdpSocket::bind((self.clients_ip, 0)).unwrap());
         back.set_read_timeout(Some(POLL)).unwrap();
         let (shared, reads) = (Arc::clone(self), Arc::clone(&back));
         let front = Arc::new(self.front.try_clone().unwrap());
@@ -162,16 +201,24 @@ impl Shared {
         if self.is_silent.load(Ordering::SeqCst) {
             return;
         }
-        let mut state = self.lock();
+        let (now, mut state) = (Instant::now(), self.lock());
+        state.packets += 1;
+        let number = state.packets;
+        if let Some((_, action)) = state.action.take_if(|(at, _)| *at == number) {
+            drop(state);
+            action();
+            state = self.lock();
+        }
+        if let Some(blackout) = self.faults.blackout.filter(|b| b.from_packet == number) {
+            state.dark_until = Some(now + blackout.lasts);
+        }
         let [loses, holds] = [state.random(), state.random()];
-        if loses < self.faults.loss {
+        if loses < self.faults.loss || state.dark_until.is_some_and(|until| now < until) {
             state.lost += 1;
             return;
         }
         let delays = if holds < self.faults.reorder { 2 } else { 1 };
-        let due = Instant::now() + self.faults.delay * delays;
-        let number = state.packets;
-        state.packets += 1;
+        let due = now + self.faults.delay * delays;
         state.queue.push(Reverse(Packet { due, number, bytes: bytes.to_vec(), from, to }));
         self.due.notify_all();
     }
@@ -196,12 +243,16 @@ impl Shared {
 }
 
 impl State {
-    /// In [0, 1): splitmix64.
     fn random(&mut self) -> f64 {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.random;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+        random(&mut self.random)
     }
+}
+
+/// In [0, 1): splitmix64.
+pub fn random(state: &mut u64) -> f64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
 }
