@@ -14,5 +14,6 @@ mod quic;
 mod remote;
 mod second_oracle;
 mod structure;
+mod twin;
 mod udp_proxy;
 mod views;

@@ -10,6 +10,7 @@ pub mod gather;
 pub mod host;
 pub mod mapped;
 pub mod order;
+pub mod twin;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, DType, Layout, Shape};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, DType, Layout};
 use tiny_sd::Result;
-use tiny_sd::backend::{Backend, Device, HostTensor, MetaRef, View, cpu};
+use tiny_sd::backend::{Backend, Device, HostTensor, MetaRef, View, cpu, twin};
 use tiny_sd::remote::op::cases::{Case, Lie, cases};
 use tiny_sd::remote::op::execute::{execute, execute_in_place, from_bytes, to_bytes};
 use tiny_sd::remote::op::infer::Source;
@@ -104,6 +104,41 @@ fn every_op_gives_the_same_bits_on_a_worker_as_here() -> Result<()> {
     assert!(ran > 1000, "{ran} cases ran");
     let done = session.session().done(session.session().mark()?)?;
     assert_eq!(done.memory_bytes, 0, "buffers were left behind");
+    Ok(())
+}
+
+#[test]
+fn every_op_runs_on_a_pair_of_devices_as_on_one() -> Result<()> {
+    type Pair = twin::Storage<cpu::Storage, Storage>;
+    let worker = Worker::new()?;
+    let weight = weight()?;
+    worker.insert(&weight)?;
+    let session = worker.connect("worker")?;
+    let pair = twin::Device::<cpu::Storage, Storage>::new(worker.device.clone(), session.device());
+    let mut ran = 0;
+    for case in cases() {
+        let what = format!("{:?} {} {:?}", case.op, case.dtype.as_str(), case.lie);
+        let one = run::<cpu::Storage>(&case, &weight, &worker.device);
+        let compared = pair.findings().compared;
+        match (one, run::<Pair>(&case, &weight, &pair)) {
+            (Ok(one), Ok(both)) => {
+                ran += 1;
+                let is_random = matches!(case.op, Op::RandUniform { .. } | Op::RandNormal { .. });
+                assert!(is_random || to_bytes(&one)? == to_bytes(&both)?, "{what}");
+                // Its operands came from the host, and the op itself.
+                let found = pair.findings();
+                let in_place = usize::from(case.op.is_in_place());
+                let expected = case.operands.len() + in_place + 1;
+                assert_eq!(found.compared - compared, expected as u64, "{what}");
+                assert_eq!(found.compared, found.identical, "{what}");
+            }
+            (Err(one), Err(both)) => {
+                assert!(both.to_string().ends_with(&one.to_string()), "{what}: {both}");
+            }
+            (one, both) => panic!("{what}: on one {one:?}, on both {both:?}"),
+        }
+    }
+    assert!(ran > 1000, "{ran} cases ran");
     Ok(())
 }
 
