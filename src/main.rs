@@ -9,12 +9,10 @@ fn main() -> ExitCode {
         match request {
             Request::Show(help) => cli::show(&help),
             Request::Work(job) => cli::work(&job)?,
+            Request::Compare(job) => return cli::compare(&job),
             Request::Paint(job) => cli::run(&job, &mut cli::open)?,
         }
-        Ok(())
+        Ok(ExitCode::SUCCESS)
     });
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => ExitCode::from(cli::report(&error)),
-    }
+    outcome.unwrap_or_else(|error| ExitCode::from(cli::report(&error)))
 }

@@ -25,6 +25,7 @@ fn errors_are_one_line_on_stderr_with_the_documented_exit_code() {
         ("x|--stesp|3", 2, "'--steps'"),
         ("x|-W|100", 2, "96 and 104 are near"),
         ("x|-o|x.jpg", 2, ".png"),
+        ("compare|x|--against|mock|-o|x.png", 2, "compare writes no picture"),
         ("x|-o|no/such/folder/x.png", 1, "there is no folder no/such/folder"),
     ] {
         let output = tiny_sd(words);
@@ -38,13 +39,20 @@ fn errors_are_one_line_on_stderr_with_the_documented_exit_code() {
 
 #[test]
 fn help_and_version_go_to_stdout_and_succeed() {
-    for words in ["--help", "-h", "help", "--version", "x|-V"] {
+    for words in ["--help", "-h", "help", "--version", "x|-V", "compare|-h", "worker|--help"] {
         let output = tiny_sd(words);
         assert_eq!(output.status.code(), Some(0), "{words}");
         assert!(output.stderr.is_empty(), "{words}");
         assert!(text(&output.stdout).contains("tiny-sd"), "{words}");
     }
     assert_eq!(tiny_sd("help").stdout, tiny_sd("--help").stdout);
+    let compare = tiny_sd("compare|--help").stdout;
+    for part in ["--against <DEVICE>", "--steps <N>", "Exit codes:\n  0    no op differs\n  1 "] {
+        assert!(text(&compare).contains(part), "{part:?} in {}", text(&compare));
+    }
+    for flag in ["--output", "--count", "--preview"] {
+        assert!(!text(&compare).contains(flag), "{flag}, which compare refuses");
+    }
 }
 
 #[test]

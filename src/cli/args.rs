@@ -159,6 +159,8 @@ Examples:
   tiny-sd \"a fox\" -q                             --quiet; -v, --verbose says more
   tiny-sd worker --listen 0.0.0.0:4433           lend this machine (tiny-sd worker --help)
   tiny-sd \"a fox\" --device @url.txt --stats      on that machine; --stats says what it did
+  tiny-sd compare \"a fox\" --against @url.txt    the first op that differs there
+                                                 (tiny-sd compare --help)
   tiny-sd \"a fox\" --device text=cpu,unet=@url.txt,vae=@url.txt
 
 Environment:

@@ -1,14 +1,10 @@
-//! The words that are, or will be, commands. Separate because a prompt may be any word: this is
+//! The words that are commands. Separate because a prompt may be any word: this is
 //! the one place that decides which lone words are asked about instead of being painted.
 
 use crate::error::{Error, Result};
 
-/// The commands of this version.
-const COMMANDS: [&str; 2] = ["help", "worker"];
-
-/// Words kept for commands that later versions have, so that no script comes to rely on them
-/// being prompts.
-const RESERVED: [&str; 1] = ["compare"];
+/// The commands.
+const COMMANDS: [&str; 3] = ["help", "worker", "compare"];
 
 /// What a lone word on the command line is.
 #[derive(Debug, PartialEq, Eq)]
@@ -29,20 +25,11 @@ pub(super) fn classify(word: &str) -> Result<Word> {
         return Ok(Word::Help);
     }
     let as_prompt = format!("if it is a prompt, write --prompt {word}");
-    if RESERVED.contains(&word) {
-        return Err(Error::usage(format!("this version has no command {word:?}; {as_prompt}")));
-    }
     let lower = word.to_lowercase();
     let near = |command: &&&str| is_near(&lower, command);
     if let Some(command) = COMMANDS.iter().find(near) {
         return Err(Error::usage(format!(
             "{word:?}: did you mean \"tiny-sd {command}\"? {as_prompt}"
-        )));
-    }
-    if let Some(command) = RESERVED.iter().find(near) {
-        return Err(Error::usage(format!(
-            "{word:?}: did you mean the command \"{command}\", which this version does not have? \
-             {as_prompt}"
         )));
     }
     Ok(Word::Prompt)
@@ -69,14 +56,14 @@ mod tests {
 
     #[test]
     fn a_lone_word_near_a_command_is_asked_about_and_any_other_is_a_prompt() {
-        for word in ["wroker", "worke", "workers", "Worker", "wrker", "compere", "comapre", "hlep"]
-        {
+        for word in [
+            "wroker", "worke", "workers", "Worker", "wrker", "compere", "comapre", "compare",
+            "hlep",
+        ] {
             let message = classify(word).unwrap_err().to_string();
             assert!(message.contains("did you mean"), "{message}");
             assert!(message.contains(&format!("--prompt {word}")), "{message}");
         }
-        let message = classify("compare").unwrap_err().to_string();
-        assert!(message.contains("no command"), "{message}");
         for word in ["fox", "flower", "walker", "helper", "", "é", "w", "re", "compass"] {
             assert_eq!(classify(word).unwrap(), Word::Prompt, "{word}");
         }

@@ -10,6 +10,7 @@ use clap::Parser;
 
 use super::args::Args;
 use super::command::{self, Word};
+use super::compare::{self, CompareJob};
 use super::device::DevicePlan;
 use super::model::{HubName, ModelSource};
 use super::output::OutputPlan;
@@ -69,6 +70,8 @@ pub struct Job {
 pub enum Request {
     /// Make pictures.
     Paint(Box<Job>),
+    /// Find the first op that differs between two devices.
+    Compare(Box<CompareJob>),
     /// Run a worker.
     Work(Box<WorkerJob>),
     /// Help or the version, ready to be printed.
@@ -119,6 +122,9 @@ pub fn parse(
         let flags = command_line.into_iter().skip(2);
         return worker::parse(std::iter::once("tiny-sd worker".into()).chain(flags).collect());
     }
+    if command_line.get(1).is_some_and(|word| word == "compare") {
+        return compare::parse(command_line.into_iter().skip(2), surroundings);
+    }
     let args = match Args::try_parse_from(command_line) {
         Ok(args) => args,
         Err(error) if !error.use_stderr() => return Ok(Request::Show(error)),
@@ -132,7 +138,11 @@ pub fn parse(
     Ok(Request::Paint(Box::new(job(args, surroundings)?)))
 }
 
-fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result<Job> {
+/// What the flags of a picture mean.
+///
+/// # Errors
+/// As [`parse`].
+pub(super) fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result<Job> {
     let prompt = given_prompt(&mut args)?;
     check_length("the negative prompt", args.negative_prompt.len())?;
     if let (Some(revision), ModelSource::Folder(folder)) = (&args.revision, &args.model) {

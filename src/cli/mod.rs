@@ -5,6 +5,7 @@
 
 mod args;
 mod command;
+mod compare;
 mod device;
 mod display;
 mod files;
@@ -25,6 +26,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::io::{IsTerminal, Read, Write};
 use std::path::Path;
 
+pub use compare::{CompareJob, compare};
 pub use device::{DevicePlan, DeviceSpec};
 pub use job::{At, Job, MAX_PROMPT_BYTES, Request, Surroundings, parse};
 pub use model::{HubName, ModelSource};

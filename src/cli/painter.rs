@@ -3,14 +3,11 @@
 
 use std::path::PathBuf;
 
-use candle_core::DType;
-
 use super::interrupt;
 use super::job::Job;
 use super::model::ModelSource;
 use super::places::{OnBackend, Place, PlacedPainter, Places};
 use super::run::Painter;
-use super::values::DtypeChoice;
 use crate::backend::{Backend, Device as _};
 use crate::error::{Kind, Result};
 use crate::image::{ImageSize, Picture};
@@ -24,12 +21,7 @@ use crate::weights::{Component, ModelFolder, Variant, choose, config_files, json
 /// # Errors
 /// If the model cannot be had or is not covered, or the device is not there.
 pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
-    let variant = job.variant.as_ref().map(|name| Variant::parse(name.as_str())).transpose()?;
-    let path = match &job.model {
-        ModelSource::Folder(path) => path.clone(),
-        ModelSource::Hub(name) => download(job, name, variant.as_ref(), progress)?,
-    };
-    let folder = ModelFolder::open(path)?;
+    let (folder, variant) = model(job, progress)?;
     let threads = job.threads.map_or(0, usize::from);
     let places = Places::open(&job.device.resolve()?, threads, progress)?;
     let [text, unet, vae] = places.stages.clone();
@@ -39,6 +31,19 @@ pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
     let painter = text.on(WithText { unet, vae, load })?;
     watch.begin(None);
     Ok(Box::new(PlacedPainter { painter, places, keeps_books: job.stats }))
+}
+
+/// The job's model on this machine's disk, and which of its weights to prefer.
+///
+/// # Errors
+/// If the model cannot be had.
+pub(super) fn model(job: &Job, progress: &dyn Progress) -> Result<(ModelFolder, Option<Variant>)> {
+    let variant = job.variant.as_ref().map(|name| Variant::parse(name.as_str())).transpose()?;
+    let path = match &job.model {
+        ModelSource::Folder(path) => path.clone(),
+        ModelSource::Hub(name) => download(job, name, variant.as_ref(), progress)?,
+    };
+    Ok((ModelFolder::open(path)?, variant))
 }
 
 /// What is the same wherever the stages are.
@@ -93,12 +98,7 @@ impl<T: Backend, U: Backend> OnBackend for WithVae<'_, T, U> {
 
     fn run<V: Backend>(self, vae: V::Device) -> Self::Output {
         let Self { text, unet, load: Load { folder, variant, job, progress } } = self;
-        let dtype = match job.dtype {
-            DtypeChoice::Auto => unet.default_dtype(),
-            DtypeChoice::F32 => DType::F32,
-            DtypeChoice::F16 => DType::F16,
-            DtypeChoice::Bf16 => DType::BF16,
-        };
+        let dtype = job.dtype.or(unet.default_dtype());
         let options = LoadOptions { dtype, variant, scheduler: job.scheduler };
         let devices = Placement::<T, U, V> { text, unet, vae };
         Ok(Box::new(Pipeline::load(&folder, &options, devices, progress)?))

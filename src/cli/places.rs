@@ -81,6 +81,11 @@ impl Places {
 }
 
 impl Places {
+    /// What the sessions with workers did so far, as lines.
+    pub fn statistics(&self) -> Vec<String> {
+        self.links.iter().flat_map(Link::statistics).collect()
+    }
+
     /// Passes the events of a run on, and tells the workers of the stages as they come, if they are
     /// to keep books.
     pub fn watch<'a>(&'a self, progress: &'a dyn Progress, keeps_books: bool) -> Watch<'a> {
@@ -150,6 +155,6 @@ impl Painter for PlacedPainter {
     }
 
     fn statistics(&self) -> Vec<String> {
-        self.places.links.iter().flat_map(Link::statistics).collect()
+        self.places.statistics()
     }
 }

@@ -102,6 +102,19 @@ fn describe(job: &Job, display: &Display) {
     ));
 }
 
+/// One of the job's pictures, on a model that was trained for `size`.
+pub(super) fn picture_request(job: &Job, seed: u64, size: ImageSize) -> PictureRequest<'_> {
+    PictureRequest {
+        prompt: &job.prompt,
+        negative_prompt: &job.negative_prompt,
+        seed,
+        steps: job.steps.get(),
+        guidance_scale: job.guidance_scale.get(),
+        size: job.size.or(size),
+        preview_every: job.preview,
+    }
+}
+
 fn paint_one(
     job: &Job,
     painter: &mut dyn Painter,
@@ -110,15 +123,7 @@ fn paint_one(
     display: &Display,
 ) -> Result<()> {
     let start = Instant::now();
-    let request = PictureRequest {
-        prompt: &job.prompt,
-        negative_prompt: &job.negative_prompt,
-        seed,
-        steps: job.steps.get(),
-        guidance_scale: job.guidance_scale.get(),
-        size: job.size.or(painter.default_size()),
-        preview_every: job.preview,
-    };
+    let request = picture_request(job, seed, painter.default_size());
     let previews = Previews::new(display, request.size, target);
     let picture = painter.paint(&request, &previews)?;
     drop(previews);
@@ -280,7 +285,7 @@ mod tests {
         let outcome =
             parse(command_line.map(Into::into), &mut Process).and_then(|request| match request {
                 Request::Paint(job) => run(&job, &mut open),
-                Request::Work(_) => Err(Error::other("a worker")),
+                Request::Compare(_) | Request::Work(_) => Err(Error::other("no picture")),
                 Request::Show(help) => Err(Error::other(help.to_string())),
             });
         std::process::exit(outcome.map_or_else(|error| report(&error).into(), |()| 0));

@@ -3,6 +3,8 @@
 
 use std::str::FromStr;
 
+use candle_core::DType;
+
 use crate::image::ImageSize;
 
 /// A whole number in a range that is part of its type.
@@ -165,6 +167,18 @@ words!(
         Bf16 = "bf16",
     }
 );
+
+impl DtypeChoice {
+    /// `auto` is what the device prefers.
+    pub fn or(self, default: DType) -> DType {
+        match self {
+            DtypeChoice::Auto => default,
+            DtypeChoice::F32 => DType::F32,
+            DtypeChoice::F16 => DType::F16,
+            DtypeChoice::Bf16 => DType::BF16,
+        }
+    }
+}
 
 /// How much is said on standard error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,5 +1,6 @@
 //! The right op is named, and nothing else, beside a device that is wrong on purpose.
 
+mod command;
 pub mod wrong;
 
 use std::sync::Arc;

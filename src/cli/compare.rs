@@ -1,0 +1,387 @@
+//! `tiny-sd compare`: one picture on two devices at once, op by op, up to the first op whose
+//! results differ. Separate from painting because its product is what was found, on standard
+//! output, and no picture.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use clap::{CommandFactory, FromArgMatches, Parser};
+
+use super::args::Args;
+use super::device::DevicePlan;
+use super::display::Display;
+use super::interrupt;
+use super::job::{self, Job, Request, Surroundings, usage};
+use super::painter;
+use super::places::{OnBackend, Place, Places};
+use super::run::picture_request;
+use super::values::Verbosity;
+use crate::backend::twin::{DIFFERS, Divergence, Findings, Mismatch};
+use crate::backend::{Backend, Device, twin};
+use crate::error::{Error, Result};
+use crate::pipeline::{LoadOptions, Pipeline, Placement};
+use crate::progress::{Event, Progress};
+use crate::weights::{ModelFolder, Variant};
+
+/// The flags of a picture, and the other device.
+#[derive(Debug, Parser)]
+struct CompareArgs {
+    #[command(flatten)]
+    picture: Args,
+
+    /// The device that --device is compared with: whatever --device takes
+    #[arg(long, value_name = "DEVICE")]
+    against: DevicePlan,
+}
+
+const ABOUT: &str = "Makes a picture on two devices at once, op by op, and names the first op \
+                     whose results differ.";
+
+const AFTER_HELP: &str = "\
+Every op, upload of a weight and draw of noise runs on both devices, and both results are read and
+compared as they lie in memory. Differences that rounding explains are allowed: of the largest
+magnitude in a result 256 units in the last place in f32, 4 in f16 and bf16. Then --against goes
+on with the result of --device, so that each op is judged alone. What was found goes to standard
+output; there is no picture.
+
+Examples:
+  tiny-sd compare \"a fox\" --device cpu --against mock
+  tiny-sd compare \"a fox\" --steps 2 -W 64 -H 64 -s 7 --device cpu --against @url.txt
+
+Exit codes:
+  0    no op differs
+  1    an op differs, and standard output names it; or anything that is not below
+  2    a wrong command line
+  3    a model or its weights
+  4    a remote device or the way to it
+  130  interrupted";
+
+/// What is compared.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CompareJob {
+    /// The picture, and the device that sets the example.
+    pub job: Job,
+    /// The other device.
+    pub against: DevicePlan,
+}
+
+/// Parses what follows `tiny-sd compare`.
+///
+/// # Errors
+/// One line that names what is wrong.
+pub(super) fn parse(
+    flags: impl Iterator<Item = OsString>,
+    surroundings: &mut dyn Surroundings,
+) -> Result<Request> {
+    let command = CompareArgs::command()
+        .name("tiny-sd compare")
+        .about(ABOUT)
+        .override_usage("tiny-sd compare [OPTIONS] --against <DEVICE> PROMPT")
+        .after_help("tiny-sd compare --help says more.")
+        .after_long_help(AFTER_HELP)
+        .mut_arg("output", |flag| flag.hide(true))
+        .mut_arg("count", |flag| flag.hide(true))
+        .mut_arg("preview", |flag| flag.hide(true));
+    let words = std::iter::once("tiny-sd compare".into()).chain(flags);
+    let args = command
+        .try_get_matches_from(words)
+        .and_then(|matches| CompareArgs::from_arg_matches(&matches));
+    let CompareArgs { picture, against } = match args {
+        Ok(args) => args,
+        Err(error) if !error.use_stderr() => return Ok(Request::Show(error)),
+        Err(error) => return Err(usage(&error)),
+    };
+    if picture.preview.is_some() {
+        return Err(Error::usage("--preview: compare writes no picture, but what it found"));
+    }
+    if picture.output.is_some() {
+        return Err(Error::usage("--output: compare writes no picture, but what it found"));
+    }
+    if picture.count.get() != 1 {
+        return Err(Error::usage("--count: compare looks at one picture; its --seed says which"));
+    }
+    let job = job::job(picture, surroundings)?;
+    Ok(Request::Compare(Box::new(CompareJob { job, against })))
+}
+
+/// Runs the picture on both devices and prints what was found; the exit code says it too.
+///
+/// # Errors
+/// If the model cannot be loaded, a device fails, or the user interrupts.
+pub fn compare(compare: &CompareJob) -> Result<ExitCode> {
+    let CompareJob { job, against } = compare;
+    interrupt::install(job.verbosity == Verbosity::Quiet)?;
+    let display = Display::new(job.verbosity);
+    let (folder, variant) = painter::model(job, &display)?;
+    let devices = [whole("--device", &job.device)?, whole("--against", against)?];
+    let threads = job.threads.map_or(0, usize::from);
+    let open = |plan| Places::open(plan, threads, &display);
+    let [first, second] = [open(&devices[0])?, open(&devices[1])?];
+    let watch = Watch { display: &display, stage: Mutex::new(Stage::Loading) };
+    let run = Run { job, devices: &devices, folder, variant, watch };
+    let ([a, _, _], [b, _, _]) = (first.stages.clone(), second.stages.clone());
+    let outcome = a.on(WithFirst { second: b, run: &run });
+    if job.stats {
+        let lines = [first.statistics(), second.statistics()].concat();
+        lines.into_iter().for_each(|line| display.line(line));
+    }
+    let outcome = outcome?;
+    let (text, code) = match outcome {
+        Outcome::Same(text) => (text, ExitCode::SUCCESS),
+        Outcome::Differs(text) => (text, ExitCode::FAILURE),
+    };
+    drop(display);
+    let mut stdout = std::io::stdout().lock();
+    let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    written.map_err(|error| Error::other(format!("standard output: {error}")))?;
+    Ok(code)
+}
+
+/// The one device of a plan, resolved.
+///
+/// # Errors
+/// If its stages are on several, or the environment names no device.
+fn whole(flag: &str, plan: &DevicePlan) -> Result<DevicePlan> {
+    let plan = plan.resolve()?;
+    let [text, unet, vae] = &plan.stages;
+    if text != unet || unet != vae {
+        return Err(Error::usage(format!("{flag} {plan}: compare takes one device on each side")));
+    }
+    Ok(plan)
+}
+
+/// The first device is to be found.
+struct WithFirst<'a> {
+    second: Place,
+    run: &'a Run<'a>,
+}
+
+impl OnBackend for WithFirst<'_> {
+    type Output = Result<Outcome>;
+
+    fn run<A: Backend>(self, first: A::Device) -> Self::Output {
+        self.second.on(WithSecond::<A> { first, run: self.run })
+    }
+}
+
+/// The first device is found.
+struct WithSecond<'a, A: Backend> {
+    first: A::Device,
+    run: &'a Run<'a>,
+}
+
+impl<A: Backend> OnBackend for WithSecond<'_, A> {
+    type Output = Result<Outcome>;
+
+    fn run<B: Backend>(self, second: B::Device) -> Self::Output {
+        self.run.on_both::<A, B>(self.first, second)
+    }
+}
+
+/// What is the same on every pair of devices.
+struct Run<'a> {
+    job: &'a Job,
+    /// Resolved, each of one device.
+    devices: &'a [DevicePlan; 2],
+    folder: ModelFolder,
+    variant: Option<Variant>,
+    watch: Watch<'a>,
+}
+
+/// What was found, ready to be printed.
+enum Outcome {
+    Same(String),
+    Differs(String),
+}
+
+impl Run<'_> {
+    fn on_both<A: Backend, B: Backend>(&self, a: A::Device, b: B::Device) -> Result<Outcome> {
+        let device = twin::Device::<A, B>::new(a, b);
+        let painted = self.paint(&device);
+        let found = device.findings();
+        match (painted, &found.divergence) {
+            (Ok(()), _) => {
+                Ok(Outcome::Same(format!("{}: no op differs\n{}\n", self.title(), counts(&found))))
+            }
+            (Err(error), None) => Err(error),
+            (Err(error), Some(divergence)) => {
+                let place = self.watch.place(&error, found.marks);
+                Ok(Outcome::Differs(differs(&self.title(), &place, divergence, &found)))
+            }
+        }
+    }
+
+    fn title(&self) -> String {
+        let ([a, b], seed) = (self.devices, self.job.seed);
+        format!("{a} and {b}, seed {seed}")
+    }
+
+    fn paint<A: Backend, B: Backend>(&self, device: &twin::Device<A, B>) -> Result<()> {
+        let (job, watch) = (self.job, &self.watch);
+        let dtype = job.dtype.or(device.default_dtype());
+        let options =
+            LoadOptions { dtype, variant: self.variant.clone(), scheduler: job.scheduler };
+        let devices = Placement::<twin::Storage<A, B>>::whole(device);
+        let pipeline = Pipeline::load(&self.folder, &options, devices, watch)?;
+        watch.display.begin(format!("seed {}", job.seed));
+        *watch.stage() = Stage::Text;
+        let request = picture_request(job, job.seed, pipeline.default_size());
+        pipeline.paint(&request, watch).map(drop)
+    }
+}
+
+/// Shows the events of the run, and remembers where it is.
+struct Watch<'a> {
+    display: &'a Display,
+    stage: Mutex<Stage>,
+}
+
+/// Where a run is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Weights go to the devices.
+    Loading,
+    /// The prompt is read.
+    Text,
+    /// The latents are denoised, in so many steps.
+    Denoising { steps: usize },
+    /// The latents become pixels.
+    Decoding,
+}
+
+impl Watch<'_> {
+    fn stage(&self) -> MutexGuard<'_, Stage> {
+        self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the op was that ended the run by `error`, after so many marks: the pipeline sets one
+    /// behind each step.
+    fn place(&self, error: &Error, marks: u64) -> String {
+        let stage = match *self.stage() {
+            Stage::Loading => "loading".into(),
+            Stage::Text => "the text encoder, or the UNet's keys and values of the text".into(),
+            Stage::Denoising { steps } => {
+                format!("step {} of {steps}, the UNet or the scheduler", marks.saturating_add(1))
+            }
+            Stage::Decoding => "the VAE's decoder".into(),
+        };
+        match error.to_string().strip_suffix(DIFFERS).and_then(|before| before.strip_suffix(": ")) {
+            Some(context) => format!("{stage}: {context}"),
+            None => stage,
+        }
+    }
+}
+
+impl Progress for Watch<'_> {
+    fn report(&self, event: Event<'_>) {
+        match event {
+            Event::Step { done: 0, total } => *self.stage() = Stage::Denoising { steps: total },
+            Event::Decoding => *self.stage() = Stage::Decoding,
+            Event::Downloading { .. }
+            | Event::Queued { .. }
+            | Event::Sending { .. }
+            | Event::Loading { .. }
+            | Event::Warning(_)
+            | Event::Truncated { .. }
+            | Event::Step { .. }
+            | Event::Preview { .. }
+            | Event::Done => {}
+        }
+        self.display.report(event);
+    }
+
+    fn check(&self) -> Result<()> {
+        self.display.check()
+    }
+}
+
+/// One op differs.
+fn differs(title: &str, place: &str, divergence: &Divergence, found: &Findings) -> String {
+    let Divergence { call, mismatch } = divergence;
+    let mut text = format!("{title}: op {} differs: {call}\n", call.number);
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "  in         {place}");
+    for (index, operand) in (1..).zip(&call.operands) {
+        let _ = writeln!(text, "  operand {index}  {operand}");
+    }
+    let _ = match mismatch {
+        Mismatch::Dtype { a, b } => {
+            writeln!(text, "  result     {} and {}", a.as_str(), b.as_str())
+        }
+        Mismatch::Len { a, b } => writeln!(text, "  result     {a} and {b} elements"),
+        Mismatch::Values(gap) => writeln!(text, "  result     {gap}"),
+    };
+    let _ = writeln!(text, "{}", counts(found));
+    text
+}
+
+/// How much was compared, and how near the rest came.
+fn counts(found: &Findings) -> String {
+    let Findings { ops, compared, identical, closest, .. } = found;
+    let opaque = ops.saturating_sub(*compared);
+    let mut text = format!("{ops} ops: {compared} compared, {identical} equal bit for bit");
+    if opaque > 0 {
+        let _ = write!(text, "; {opaque} prepared weights, which only the ops that use them read");
+    }
+    if let Some((call, gap)) = closest {
+        let _ = write!(text, "\nlargest that is allowed: op {}, {call}: {gap}", call.number);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::device::DeviceSpec;
+    use crate::cli::job::tests::{Fake, job_of, parse_words};
+    use crate::error::Kind;
+
+    #[test]
+    fn compare_takes_the_flags_of_a_picture_and_another_device() {
+        let words = "compare|a fox|-s|7|--steps|3|--device|cpu|--against|mock";
+        let request = parse_words(words, &mut Fake::default()).unwrap();
+        let Request::Compare(found) = request else { panic!("{request:?}") };
+        let job = job_of("a fox|-s|7|--steps|3|--device|cpu");
+        assert_eq!(*found, CompareJob { job, against: DevicePlan::whole(DeviceSpec::Mock) });
+    }
+
+    #[test]
+    fn what_cannot_be_compared_is_refused_and_says_why() {
+        for (words, expected) in [
+            ("compare|x", "--against"),
+            ("compare|x|--against|gpu", "one of auto, cpu"),
+            ("compare|x|--against|mock|-o|x.png", "--output: compare writes no picture"),
+            ("compare|x|--against|mock|--preview|2", "--preview: compare writes no picture"),
+            ("compare|x|--against|mock|--count|2", "--count: compare looks at one picture"),
+            ("compare|a|fox|--against|mock", "quote it"),
+            ("-q|compare", "did you mean \"tiny-sd compare\"?"),
+            ("comapre", "did you mean \"tiny-sd compare\"?"),
+        ] {
+            let error = parse_words(words, &mut Fake::default()).unwrap_err();
+            assert_eq!(error.kind(), Kind::Usage, "{words}");
+            assert!(error.to_string().contains(expected), "{words}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_place_of_an_op_is_told_by_the_events_before_it() {
+        let display = Display::new(Verbosity::Quiet);
+        let watch = Watch { display: &display, stage: Mutex::new(Stage::Loading) };
+        let differs = || Error::other(DIFFERS);
+        let check = |error: Error, marks: u64, expected: &str| {
+            assert_eq!(watch.place(&error, marks), expected);
+        };
+        let weight = differs().context("loading conv_in.weight").context("unet");
+        check(weight, 0, "loading: unet: loading conv_in.weight");
+        watch.report(Event::Step { done: 0, total: 3 });
+        check(differs(), 0, "step 1 of 3, the UNet or the scheduler");
+        // The pipeline is ahead of what it reports.
+        watch.report(Event::Step { done: 1, total: 3 });
+        check(differs(), 2, "step 3 of 3, the UNet or the scheduler");
+        watch.report(Event::Decoding);
+        check(differs(), 3, "the VAE's decoder");
+    }
+}
