@@ -327,6 +327,7 @@ impl<B: Backend> Executor<B> {
             let mut all = vec![Source { meta, len: buffer.elem_count() }];
             all.extend(sources(&args));
             call.op.infer(&all)?;
+            self.heap.check_view(&buffer, &layout)?;
             args.iter().try_for_each(|(buffer, view)| self.heap.check_view(buffer, view))?;
             if Arc::get_mut(&mut buffer).is_none() {
                 // A program or another session has it as well: they keep what they have.

@@ -129,6 +129,9 @@ fn views_that_do_not_fit_their_buffer_are_refused() -> Result<()> {
         vec![view(x, &[1 << 40, 6], &[0, 1], 0)],
     )?;
     assert!(repeated.contains("--session-memory"), "{repeated}");
+    let set = Op::ConstSet { value: 1.0 };
+    let written = victim.refusal(set, vec![view(victim.matrix, &[1 << 40, 6], &[0, 1], 0)])?;
+    assert!(written.contains("--session-memory"), "{written}");
     victim.is_alive()
 }
 
@@ -214,8 +217,11 @@ fn a_target_that_could_not_be_written_is_not_to_be_read() -> Result<()> {
         source_offset: 0,
         target_offset: 0,
     };
+    // The same element again and again.
+    let often = Copy2d { rows: 1 << 50, columns: 1, source_stride: 0, target_stride: 0, ..copy };
     for (op, others) in [
         (Op::Copy2d(copy), vec![whole(matrix)]),
+        (Op::Copy2d(often), vec![whole(matrix)]),
         (Op::CopyStrided { offset: LARGE }, vec![whole(matrix)]),
         (Op::ScatterSet { dim: 0 }, vec![whole(ids), view(matrix, &[2], &[1], 0)]),
     ] {
@@ -223,6 +229,10 @@ fn a_target_that_could_not_be_written_is_not_to_be_read() -> Result<()> {
         let target = victim.session.session().call(Call { op: zeros, args: vec![] })?;
         victim.refuses(op, std::iter::once(whole(target)).chain(others).collect())?;
     }
+    let nothing = Copy2d { rows: 1 << 50, columns: 0, source_stride: LARGE, ..copy };
+    let session = victim.session.session();
+    session.call(Call { op: Op::Copy2d(nothing), args: vec![whole(flat), whole(matrix)] })?;
+    assert_eq!(session.data(session.read(flat, 24)?)?, [0u8; 24]);
     // The target is its own source.
     let text = victim.refusal(Op::CopyStrided { offset: 0 }, vec![whole(flat), whole(flat)])?;
     assert!(text.contains("copy_strided") && text.contains("is not there"), "{text}");

@@ -115,6 +115,8 @@ pub fn execute_in_place<B: Backend>(
         (Op::CopyStrided { offset }, [src]) => {
             src.storage.copy_strided_src(target, *offset, src.layout)?;
         }
+        // Rows of nothing may be many and far apart.
+        (Op::Copy2d(Copy2d { rows: 0, .. } | Copy2d { columns: 0, .. }), [_]) => {}
         (Op::Copy2d(copy), [src]) => {
             let Copy2d {
                 rows,

@@ -380,9 +380,11 @@ fn copy2d(copy: &Copy2d, args: &[Source<'_>]) -> Result<Meta> {
         let last = (copy.rows - 1).checked_mul(stride).and_then(|last| last.checked_add(offset));
         last.and_then(|last| last.checked_add(copy.columns)).is_some_and(|end| end <= len)
     };
+    // Rows that overlap cost no memory, but work.
+    let count = copy.rows.checked_mul(copy.columns);
     let fits = within(copy.source_stride, copy.source_offset, source.len)
         && within(copy.target_stride, copy.target_offset, target.len)
-        && copy.rows.checked_mul(copy.columns).is_some()
+        && count.is_some_and(|count| count <= target.len)
         && target.meta.dtype == source.meta.dtype;
     if !fits {
         return Err(Error::other("the rows do not fit"));
