@@ -83,6 +83,10 @@ impl Table {
         for entry in folder.read_dir().map_err(failed)? {
             let entry = entry.map_err(failed)?;
             let Ok(metadata) = entry.metadata() else { continue };
+            if !metadata.is_file() {
+                // Not ours, whatever its name: it could not be removed either.
+                continue;
+            }
             let name = entry.file_name();
             if let Some(digest) = file::digest_of_name(&name) {
                 let used = metadata.accessed().or(metadata.modified());

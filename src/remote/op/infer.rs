@@ -74,11 +74,10 @@ impl Op {
             }
             Op::UpsampleNearest1d { width } => upsample_1d(*width, args),
             Op::UpsampleNearest2d { size } => upsample_2d(*size, args),
-            Op::UpsampleBilinear2d { size, scale_height, scale_width, .. } => {
-                if [scale_height, scale_width].into_iter().flatten().any(|s| !s.is_normal()) {
-                    return Err(Error::other("a scale is no number"));
-                }
-                bilinear_2d(*size, args)
+            Op::UpsampleBilinear2d { size, align_corners, scale_height, scale_width } => {
+                // Where corners are aligned, scales are not looked at.
+                let scales = [*scale_height, *scale_width].map(|s| s.filter(|_| !align_corners));
+                bilinear_2d(*size, scales, args)
             }
             Op::Gather { dim } => gather(*dim, args),
             Op::IndexSelect { dim } => index_select(*dim, args),
@@ -270,10 +269,21 @@ fn upsample_1d(width: usize, args: &[Source<'_>]) -> Result<Meta> {
     }
 }
 
-fn bilinear_2d(size: Size2d, args: &[Source<'_>]) -> Result<Meta> {
+fn bilinear_2d(size: Size2d, scales: [Option<f64>; 2], args: &[Source<'_>]) -> Result<Meta> {
     let [x] = exactly(args)?;
     float(x)?;
-    upsample_2d(size, args)
+    let meta = upsample_2d(size, args)?;
+    let from = x.meta.layout.dims().iter().skip(2);
+    for ((&from, to), scale) in from.zip([size.height, size.width]).zip(scales) {
+        // Where the last pixel comes from, as candle computes it.
+        let last = scale.map_or(0.0, |scale| 1.0 / scale * (to as f64 - 0.5) - 0.5);
+        if last.is_nan() || last >= from as f64 {
+            return Err(Error::other(format!(
+                "{from} pixels are not {to} at a scale of {scale:?}"
+            )));
+        }
+    }
+    Ok(meta)
 }
 
 /// A copy is of the whole buffer, in any order.
