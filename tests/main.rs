@@ -3,6 +3,7 @@
 mod cli;
 mod end_to_end;
 mod faults;
+mod fuzzing;
 mod golden;
 mod hub;
 mod kernels;

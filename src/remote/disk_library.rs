@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use super::library::Library;
 use crate::error::Result;
+pub use file::{header, verified};
 use session::Session;
 use table::Table;
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Layout};
 
 use crate::backend::HostTensor;
-use crate::backend::host::{FileStamp, map};
+use crate::backend::host::{FileStamp, SharedBytes, map};
 use crate::error::{Error, Result};
 use crate::remote::op::{Digest, Op};
 use crate::remote::wire::{Reader, Wire};
@@ -84,8 +84,26 @@ pub fn load(path: &Path, digest: &Digest) -> Found {
     };
     match read(path, &file) {
         Err(error) => Found::Damaged(error.to_string()),
-        Ok(kept) if kept.tensor.digest() == digest.0 => Found::Intact(kept),
-        Ok(_) => Found::Damaged("its bytes are not those it is named for".into()),
+        Ok(kept) => match check_digest(&kept.tensor, digest) {
+            Err(error) => Found::Damaged(error.to_string()),
+            Ok(()) => Found::Intact(kept),
+        },
+    }
+}
+
+/// The weight `digest` in the bytes of its file.
+///
+/// # Errors
+/// If they are not that weight.
+pub fn verified(whole: SharedBytes, digest: &Digest) -> Result<HostTensor> {
+    let tensor = tensor(whole)?;
+    check_digest(&tensor, digest).map(|()| tensor)
+}
+
+fn check_digest(tensor: &HostTensor, digest: &Digest) -> Result<()> {
+    match tensor.digest() == digest.0 {
+        true => Ok(()),
+        false => Err(Error::other("its bytes are not those it is named for")),
     }
 }
 
@@ -99,10 +117,13 @@ pub fn read(path: &Path, file: &File) -> Result<Kept> {
     if !metadata.is_file() || metadata.len() < HEADER_LEN as u64 {
         return Err(Error::other("it is cut short"));
     }
-    let bytes = map(file).map_err(failed)?;
-    let (dtype, dims) = parse((*bytes).as_ref())?;
-    let tensor = HostTensor::new(dtype, Layout::contiguous(dims), bytes, HEADER_LEN)?;
+    let tensor = tensor(map(file).map_err(failed)?)?;
     Ok(Kept { tensor, stamp: Some(FileStamp::new(path, &metadata)) })
+}
+
+fn tensor(whole: SharedBytes) -> Result<HostTensor> {
+    let (dtype, dims) = parse((*whole).as_ref())?;
+    HostTensor::new(dtype, Layout::contiguous(dims), whole, HEADER_LEN)
 }
 
 fn parse(whole: &[u8]) -> Result<(DType, Vec<usize>)> {
