@@ -157,3 +157,19 @@ pub struct Noise {
     /// How many 32-bit outputs of the generator were drawn before.
     pub skip: u64,
 }
+
+/// Runs `run` on what `convert` makes of `items`. Of few, as most ops have, it makes a list on the
+/// stack: between a model and a far device this is a good part of what an op costs.
+pub fn with_each<'a, T, U, R>(
+    items: &'a [T],
+    convert: impl Fn(&'a T) -> U,
+    run: impl FnOnce(&[U]) -> R,
+) -> R {
+    match items {
+        [] => run(&[]),
+        [a] => run(&[convert(a)]),
+        [a, b] => run(&[convert(a), convert(b)]),
+        [a, b, c] => run(&[convert(a), convert(b), convert(c)]),
+        _ => run(&items.iter().map(convert).collect::<Vec<_>>()),
+    }
+}

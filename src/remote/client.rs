@@ -6,10 +6,12 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use candle_core::Layout;
+
 use super::message::{Message, Numbering, Outbox, Progress, Reply, fatal};
 use super::op::{Call, Digest, Id, Op};
 use super::transport::{BulkSource, ClientEnd, Waker};
-use super::wire::{Reader, malformed};
+use super::wire::{Reader, malformed, put_call};
 use crate::error::{Error, Result};
 
 mod programs;
@@ -136,10 +138,26 @@ impl Session {
     /// # Errors
     /// If the session is over.
     pub fn call(&self, call: Call) -> Result<Id> {
+        self.call_op(&call.op, call.args.iter().map(|arg| (arg.id, arg.layout.as_ref())))
+    }
+
+    /// [`call`](Self::call) without a [`Call`]: the path of every op, which allocates nothing.
+    ///
+    /// # Errors
+    /// If the session is over.
+    pub fn call_op<'a>(
+        &self,
+        op: &Op,
+        args: impl ExactSizeIterator<Item = (Id, Option<&'a Layout>)> + Clone,
+    ) -> Result<Id> {
         let mut state = self.ready()?;
         state.statistics.calls += 1;
-        state.programs.add(&call);
-        self.send(&mut state, &Message::Call(call))
+        state.programs.add(op, args.clone());
+        let next = state.numbering.next();
+        state.numbering.advance_call(op);
+        state.outbox.push(|out| put_call(op, args, next, out));
+        self.wake_once(&mut state);
+        Ok(next)
     }
 
     /// Gives a buffer back. After the session's end nobody needs to hear of it.
@@ -273,10 +291,14 @@ impl Session {
         let next = state.numbering.next();
         state.numbering.advance(message)?;
         state.outbox.push(|out| message.put(next, out));
+        self.wake_once(state);
+        Ok(next)
+    }
+
+    fn wake_once(&self, state: &mut State) {
         if !std::mem::replace(&mut state.is_awake, true) {
             self.wake();
         }
-        Ok(next)
     }
 
     fn wake(&self) {

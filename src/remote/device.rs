@@ -9,8 +9,8 @@ use candle_core::{CpuStorage, DType, DeviceLocation, Result, Shape, WithDType};
 
 use super::client::{self, Output, Session, Ticket};
 use super::digests::Digests;
+use super::op::Op;
 use super::op::execute::to_bytes;
-use super::op::{Call, Op};
 use super::storage::{Storage, check_same_worker};
 use super::transport::BulkSource;
 use super::upload::Uploads;
@@ -46,7 +46,7 @@ impl Device {
 
     fn create(&self, op: Op) -> crate::Result<Storage> {
         let meta = op.infer(&[])?;
-        let id = self.session().call(Call { op, args: Vec::new() })?;
+        let id = self.session().call_op(&op, std::iter::empty())?;
         Ok(Storage::new(self.clone(), id, meta))
     }
 

@@ -12,16 +12,16 @@ use std::time::{Duration, Instant};
 use candle_core::Layout;
 use candle_core::backend::BackendDevice;
 
-use super::heap::{Buffer, Heap, Poison, Slot, view_of};
+use super::heap::{Buffer, Heap, Poison, Resolved, Slot, view_of};
 use super::library::{Library, Recipe, Weights, prepare};
 use super::message::{MAX_PIECE_BYTES, Message, Progress, Reply};
 use super::op::execute::{execute, execute_in_place, to_bytes};
 use super::op::infer::Source;
 use super::op::{Call, Id, Op};
-use super::program::{Program, Recorded, Recording, Resolved, Step};
+use super::program::{Program, Recorded, Recording, Step};
 use super::turns::Turns;
 use super::wire::malformed;
-use crate::backend::{Backend, Fused, HostTensor, Meta, MetaRef, View};
+use crate::backend::{Backend, Fused, HostTensor, Meta, MetaRef, View, with_each};
 use crate::error::{Error, Result};
 
 /// What a session may use.
@@ -221,7 +221,7 @@ impl<B: Backend> Executor<B> {
                     && recipe.role.is_none()
                     && Fused::Prepare(*role).infer(&[meta]).is_ok();
                 let dims = layout.dims().to_vec();
-                covers.then_some(Recipe { dims, role: Some(*role), ..recipe })
+                covers.then_some(Recipe { dims, role: Some(*role), ..recipe.clone() })
             }
             _ => None,
         }
@@ -229,7 +229,7 @@ impl<B: Backend> Executor<B> {
 
     /// The buffer under `id`, made now if it is a weight that nobody needed before.
     fn materialise(&mut self, id: Id) -> std::result::Result<Arc<Buffer<B>>, Poison> {
-        match self.heap.get(id).map_err(poison)? {
+        match self.heap.get(id).map_err(poison)?.clone() {
             Slot::Ready(buffer) => Ok(buffer),
             Slot::Poisoned(poison) => Err(poison),
             Slot::Lazy(recipe) => {
@@ -250,33 +250,44 @@ impl<B: Backend> Executor<B> {
         }
     }
 
-    fn resolve(&mut self, call: &Call) -> std::result::Result<Resolved<B>, Poison> {
+    fn resolve(&mut self, call: &Call) -> std::result::Result<Vec<Resolved<B>>, Poison> {
         let mut resolved = Vec::with_capacity(call.args.len());
-        for operand in &call.args {
-            if let Err(error) = self.heap.get(operand.id) {
-                return Err(self.failed(&call.op, error));
-            }
-            let buffer = self.materialise(operand.id)?;
-            let layout = view_of(&buffer, operand).map_err(|error| self.failed(&call.op, error))?;
-            resolved.push((buffer, layout));
+        for arg in &call.args {
+            let buffer = match self.heap.get(arg.id) {
+                Ok(Slot::Ready(buffer)) => buffer.clone(),
+                Ok(Slot::Lazy(_) | Slot::Poisoned(_)) => self.materialise(arg.id)?,
+                Err(error) => return Err(self.failed(&call.op, error)),
+            };
+            let operand = Resolved::new(buffer, arg.layout.as_ref());
+            resolved.push(operand.map_err(|error| self.failed(&call.op, error))?);
         }
         Ok(resolved)
     }
 
-    fn compute(&self, op: &Op, args: &Resolved<B>) -> std::result::Result<Arc<Buffer<B>>, Poison> {
+    fn compute(
+        &self,
+        op: &Op,
+        args: &[Resolved<B>],
+    ) -> std::result::Result<Arc<Buffer<B>>, Poison> {
         let run = || -> Result<Arc<Buffer<B>>> {
-            let meta = op.infer(&sources(args))?;
+            let meta = with_each(args, source, |sources| op.infer(sources))?;
             let storage = self.heap.check_room(&meta).and_then(|()| {
-                args.iter().try_for_each(|(buffer, view)| self.heap.check_view(buffer, view))?;
+                self.check_views(args)?;
                 self.execute(op, args, &meta)
             });
-            let storage = storage.map_err(|error| error.context(op.described(&sources(args))))?;
+            let storage = storage.map_err(|error| {
+                error.context(with_each(args, source, |sources| op.described(sources)))
+            })?;
             Ok(self.heap.charge(storage, meta))
         };
         run().map_err(|error| poison(error.context(format!("call {}", self.progress.ops))))
     }
 
-    fn execute(&self, op: &Op, args: &Resolved<B>, meta: &Meta) -> Result<B> {
+    fn check_views(&self, args: &[Resolved<B>]) -> Result<()> {
+        args.iter().try_for_each(|arg| self.heap.check_view(&arg.buffer, arg.layout()))
+    }
+
+    fn execute(&self, op: &Op, args: &[Resolved<B>], meta: &Meta) -> Result<B> {
         if let Op::Received { transfer, dtype, len } = op {
             let bytes = self.arriving(|| self.arrivals.take(*transfer))?;
             if bytes.len() != len * dtype.size_in_bytes() {
@@ -287,7 +298,8 @@ impl<B: Backend> Executor<B> {
             let store = || Ok(self.shared.device.storage_from_cpu_storage_owned(host)?);
             return self.on_device(store);
         }
-        self.on_device(|| execute(op, &self.shared.device, &views(args)))
+        let device = &self.shared.device;
+        self.on_device(|| with_each(args, view, |views| execute(op, device, views)))
     }
 
     fn failed(&self, op: &Op, error: Error) -> Poison {
@@ -322,13 +334,14 @@ impl<B: Backend> Executor<B> {
     ) -> std::result::Result<Arc<Buffer<B>>, Poison> {
         let args = self.resolve(call)?;
         let run = || -> Result<Arc<Buffer<B>>> {
-            let layout = view_of(&buffer, target)?;
+            let layout = view_of(&buffer, target.layout.as_ref())?;
+            let layout = layout.unwrap_or_else(|| buffer.meta.layout.clone());
             let meta = MetaRef { dtype: buffer.meta.dtype, layout: &layout };
             let mut all = vec![Source { meta, len: buffer.elem_count() }];
-            all.extend(sources(&args));
+            all.extend(args.iter().map(source));
             call.op.infer(&all)?;
             self.heap.check_view(&buffer, &layout)?;
-            args.iter().try_for_each(|(buffer, view)| self.heap.check_view(buffer, view))?;
+            self.check_views(&args)?;
             if Arc::get_mut(&mut buffer).is_none() {
                 // A program or another session has it as well: they keep what they have.
                 self.heap.check_room(&buffer.meta)?;
@@ -337,8 +350,10 @@ impl<B: Backend> Executor<B> {
                 buffer = self.heap.charge(copy, buffer.meta.clone());
             }
             if let Some(own) = Arc::get_mut(&mut buffer) {
-                let (op, views) = (&call.op, views(&args));
-                self.on_device(|| execute_in_place(op, &mut own.storage, &layout, &views))?;
+                let (op, target) = (&call.op, &mut own.storage);
+                with_each(&args, view, |views| {
+                    self.on_device(|| execute_in_place(op, target, &layout, views))
+                })?;
             }
             Ok(buffer)
         };
@@ -424,15 +439,11 @@ fn guard<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
     })
 }
 
-fn sources<B>(args: &Resolved<B>) -> Vec<Source<'_>> {
-    args.iter()
-        .map(|(buffer, layout)| Source {
-            meta: MetaRef { dtype: buffer.meta.dtype, layout },
-            len: buffer.elem_count(),
-        })
-        .collect()
+fn source<B>(arg: &Resolved<B>) -> Source<'_> {
+    let meta = MetaRef { dtype: arg.buffer.meta.dtype, layout: arg.layout() };
+    Source { meta, len: arg.buffer.elem_count() }
 }
 
-fn views<B>(args: &Resolved<B>) -> Vec<View<'_, B>> {
-    args.iter().map(|(buffer, layout)| View { storage: &buffer.storage, layout }).collect()
+fn view<B>(arg: &Resolved<B>) -> View<'_, B> {
+    View { storage: &arg.buffer.storage, layout: arg.layout() }
 }

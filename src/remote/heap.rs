@@ -2,13 +2,14 @@
 //! and here a session's memory is counted.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::Layout;
 
 use super::library::Recipe;
-use super::op::{Id, Operand};
+use super::op::Id;
 use crate::backend::order::fits;
 use crate::backend::{Backend, Meta};
 use crate::error::{Error, Result};
@@ -86,10 +87,29 @@ impl<B> Clone for Slot<B> {
     }
 }
 
+/// Hashes ids, which are counted here and not chosen by a stranger: a multiplication is enough.
+#[derive(Debug, Clone, Copy, Default)]
+struct Mixed(u64);
+
+impl Hasher for Mixed {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        let product = u128::from(self.0 ^ number) * 0x9e37_79b9_7f4a_7c15;
+        self.0 = (product >> 64) as u64 ^ product as u64;
+    }
+}
+
 /// All buffers of a session.
 #[derive(Debug)]
 pub struct Heap<B> {
-    slots: HashMap<Id, Slot<B>>,
+    slots: HashMap<Id, Slot<B>, BuildHasherDefault<Mixed>>,
     used: Arc<AtomicU64>,
     max_bytes: u64,
     max_buffers: usize,
@@ -98,7 +118,7 @@ pub struct Heap<B> {
 impl<B: Backend> Heap<B> {
     /// An empty heap that may grow to `max_bytes` in `max_buffers` buffers.
     pub fn new(max_bytes: u64, max_buffers: usize) -> Self {
-        Self { slots: HashMap::new(), used: Arc::default(), max_bytes, max_buffers }
+        Self { slots: HashMap::default(), used: Arc::default(), max_bytes, max_buffers }
     }
 
     /// Bytes in use, those that only programs hold included.
@@ -110,8 +130,8 @@ impl<B: Backend> Heap<B> {
     ///
     /// # Errors
     /// If nothing does.
-    pub fn get(&self, id: Id) -> Result<Slot<B>> {
-        let slot = self.slots.get(&id).cloned();
+    pub fn get(&self, id: Id) -> Result<&Slot<B>> {
+        let slot = self.slots.get(&id);
         slot.ok_or_else(|| Error::other(format!("buffer #{} is not there", id.0)))
     }
 
@@ -178,18 +198,18 @@ impl<B: Backend> Heap<B> {
     }
 }
 
-/// The view that an operand means, if it lies within its buffer.
+/// The view that an operand means, if it is not the whole buffer and lies within it.
 ///
 /// # Errors
 /// If it does not.
-pub fn view_of<B>(buffer: &Buffer<B>, operand: &Operand) -> Result<Layout> {
-    match &operand.layout {
-        None => Ok(buffer.meta.layout.clone()),
+pub fn view_of<B>(buffer: &Buffer<B>, layout: Option<&Layout>) -> Result<Option<Layout>> {
+    match layout {
+        None => Ok(None),
         // Where it begins and how it steps means nothing, and could be anything.
         Some(layout) if layout.dims().contains(&0) => {
-            Ok(Layout::contiguous(layout.shape().clone()))
+            Ok(Some(Layout::contiguous(layout.shape().clone())))
         }
-        Some(layout) if fits(layout, buffer.elem_count()) => Ok(layout.clone()),
+        Some(layout) if fits(layout, buffer.elem_count()) => Ok(Some(layout.clone())),
         Some(layout) => Err(Error::other(format!(
             "a view of shape {:?}, strides {:?}, offset {} reaches beyond its {} elements",
             layout.dims(),
@@ -197,5 +217,29 @@ pub fn view_of<B>(buffer: &Buffer<B>, operand: &Operand) -> Result<Layout> {
             layout.start_offset(),
             buffer.elem_count()
         ))),
+    }
+}
+
+/// A buffer and what of it is meant.
+#[derive(Debug)]
+pub struct Resolved<B> {
+    /// The buffer, kept while it is used.
+    pub buffer: Arc<Buffer<B>>,
+    view: Option<Layout>,
+}
+
+impl<B> Resolved<B> {
+    /// A view of a buffer; without a layout, the whole.
+    ///
+    /// # Errors
+    /// If it does not lie within.
+    pub fn new(buffer: Arc<Buffer<B>>, layout: Option<&Layout>) -> Result<Self> {
+        let view = view_of(&buffer, layout)?;
+        Ok(Self { buffer, view })
+    }
+
+    /// Of the view.
+    pub fn layout(&self) -> &Layout {
+        self.view.as_ref().unwrap_or(&self.buffer.meta.layout)
     }
 }

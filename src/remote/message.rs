@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 
-use super::op::{Call, Digest, Id};
+use super::op::{Call, Digest, Id, Op};
 use super::transport::MAX_FRAME_BYTES;
 use super::wire::{Reader, Wire, malformed};
 use crate::error::{Error, Kind, Result};
@@ -171,6 +171,11 @@ impl Numbering {
         Id(self.next)
     }
 
+    /// Counts the result of a call.
+    pub fn advance_call(&mut self, op: &Op) {
+        self.next += u64::from(!op.is_in_place());
+    }
+
     /// Counts the results of `message`.
     ///
     /// # Errors
@@ -178,7 +183,7 @@ impl Numbering {
     pub fn advance(&mut self, message: &Message) -> Result<()> {
         let unknown = || malformed("names a program that is not there");
         match message {
-            Message::Call(call) => self.next += u64::from(!call.op.is_in_place()),
+            Message::Call(call) => self.advance_call(&call.op),
             Message::BeginProgram { program, .. } => {
                 let is_new = self.recording.is_none() && !self.programs.contains_key(program);
                 if !is_new || self.programs.len() >= MAX_PROGRAMS {
@@ -210,7 +215,8 @@ impl Numbering {
 /// If the frame is not whole messages in the right order.
 pub fn decode_frame(frame: &[u8], numbering: &mut Numbering) -> Result<Vec<(Id, Message)>> {
     let mut input = Reader::new(frame);
-    let mut messages = Vec::new();
+    // About as many as there will be: a call and a free take some fifteen bytes.
+    let mut messages = Vec::with_capacity(frame.len() / 8);
     while !input.is_empty() {
         let id = numbering.next();
         let message = Message::get(id, &mut input)?;

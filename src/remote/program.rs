@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::Layout;
 
-use super::heap::{Buffer, Poison, view_of};
+use super::heap::{Buffer, Poison, Resolved};
 use super::op::{Call, Id, Op, Operand};
 
 /// Steps of one program; a UNet evaluation has about a thousand.
@@ -57,9 +57,6 @@ pub struct Recording<B> {
 }
 
 type Made<B> = Result<Arc<Buffer<B>>, Poison>;
-
-/// Operands of a call, each with the view that is meant.
-pub type Resolved<B> = Vec<(Arc<Buffer<B>>, Layout)>;
 
 impl<B> Clone for Place<B> {
     fn clone(&self) -> Self {
@@ -211,14 +208,11 @@ impl<B> Frame<'_, B> {
     ///
     /// # Errors
     /// The first cause why one could not be made, or why a view does not fit its buffer.
-    pub fn resolve(&self, args: &[(Place<B>, Option<Layout>)]) -> Result<Resolved<B>, Poison> {
+    pub fn resolve(&self, args: &[(Place<B>, Option<Layout>)]) -> Result<Vec<Resolved<B>>, Poison> {
         args.iter()
             .map(|(place, layout)| {
-                let buffer = self.get(place)?;
-                let operand = Operand { id: Id(0), layout: layout.clone() };
-                let layout =
-                    view_of(&buffer, &operand).map_err(|error| Poison::from(error.to_string()))?;
-                Ok((buffer, layout))
+                let resolved = Resolved::new(self.get(place)?, layout.as_ref());
+                resolved.map_err(|error| Poison::from(error.to_string()))
             })
             .collect()
     }

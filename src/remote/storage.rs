@@ -14,8 +14,8 @@ use super::client::Session;
 use super::device::Device;
 use super::op::execute::{batch_m_n_k, from_bytes};
 use super::op::infer::Source;
-use super::op::{Binary, Call, Copy2d, Id, Op, Operand, Unary};
-use crate::backend::{Backend, Fused, Meta, MetaRef, Reading, Size2d, View};
+use super::op::{Binary, Copy2d, Id, Op, Unary};
+use crate::backend::{Backend, Fused, Meta, MetaRef, Reading, Size2d, View, with_each};
 use crate::error::Error;
 
 /// A buffer on a worker, known here by its number.
@@ -51,45 +51,50 @@ impl Storage {
     }
 
     /// How a view of this buffer is named on the wire.
-    fn operand(&self, layout: &Layout) -> Operand {
-        let layout = (*layout != self.meta.layout).then(|| layout.clone());
-        Operand { id: self.id, layout }
+    fn operand<'a>(&self, layout: &'a Layout) -> (Id, Option<&'a Layout>) {
+        (self.id, (*layout != self.meta.layout).then_some(layout))
     }
 
     /// Appends an op that makes a buffer.
     fn make(&self, op: Op, others: &[View<'_, Self>], layout: &Layout) -> crate::Result<Self> {
-        let mut views = Vec::with_capacity(others.len() + 1);
-        views.push(View { storage: self, layout });
-        views.extend(others);
-        make(op, &views)
+        let this = View { storage: self, layout };
+        match *others {
+            [] => make(op, &[this]),
+            [a] => make(op, &[this, a]),
+            [a, b] => make(op, &[this, a, b]),
+            _ => make(op, &[&[this], others].concat()),
+        }
     }
 
     /// Appends an op that writes into this buffer.
     fn write(&self, op: Op, others: &[View<'_, Self>], layout: &Layout) -> Result<()> {
-        let this = View { storage: self, layout };
-        let views: Vec<_> = std::iter::once(this).chain(others.iter().copied()).collect();
+        let views = [&[View { storage: self, layout }], others].concat();
         check_same_worker(&self.device, views.iter().map(|view| view.storage))?;
-        let sources: Vec<_> = views.iter().map(|view| view.storage.source(view.layout)).collect();
-        op.infer(&sources)?;
-        self.session().call(Call { op, args: operands(&views) })?;
+        infer(&op, &views)?;
+        self.session().call_op(&op, operands(&views))?;
         Ok(())
     }
 }
 
-fn operands(views: &[View<'_, Storage>]) -> Vec<Operand> {
-    views.iter().map(|view| view.storage.operand(view.layout)).collect()
+fn operands<'a>(
+    views: &'a [View<'a, Storage>],
+) -> impl ExactSizeIterator<Item = (Id, Option<&'a Layout>)> + Clone {
+    views.iter().map(|view| view.storage.operand(view.layout))
 }
 
 fn make(op: Op, views: &[View<'_, Storage>]) -> crate::Result<Storage> {
     let Some(first) = views.first() else {
         return Err(Error::other(format!("{} of nothing", op.name())));
     };
-    check_same_worker(&first.storage.device, views.iter().map(|view| view.storage))?;
-    let sources: Vec<_> = views.iter().map(|view| view.storage.source(view.layout)).collect();
-    let meta = op.infer(&sources)?;
-    let device = first.storage.device.clone();
-    let id = device.session().call(Call { op, args: operands(views) })?;
-    Ok(Storage { device, id, meta })
+    let device = &first.storage.device;
+    check_same_worker(device, views.iter().map(|view| view.storage))?;
+    let meta = infer(&op, views)?;
+    let id = device.session().call_op(&op, operands(views))?;
+    Ok(Storage { device: device.clone(), id, meta })
+}
+
+fn infer(op: &Op, views: &[View<'_, Storage>]) -> crate::Result<Meta> {
+    with_each(views, |view| view.storage.source(view.layout), |sources| op.infer(sources))
 }
 
 /// Whether all are of `device`.

@@ -2,8 +2,8 @@
 //! strangers: decoding is total, checked, and capped, and nothing runs until a frame is whole.
 //!
 //! A call is an opcode, attributes, and operands. Its result's id is implicit (the next one), ids
-//! of operands count back from it, and a buffer that is meant as it was made needs no layout, so
-//! `x + y` is five bytes.
+//! of operands count back from it or from the first, whichever is shorter, and a buffer that is
+//! meant as it was made needs no layout, so `x + y` is five bytes.
 
 use candle_core::{DType, Layout, Shape};
 
@@ -360,28 +360,52 @@ schema! {
     }
 }
 
-/// Shape, strides only where they are not row-major, and the offset.
+/// Shape, offset, and strides only where they are not row-major.
 impl Wire for Layout {
     fn put(&self, out: &mut Vec<u8>) {
-        let strides = (!self.is_contiguous()).then(|| self.stride().to_vec());
-        self.dims().to_vec().put(out);
-        self.start_offset().put(out);
-        strides.put(out);
+        let has_strides = !self.is_contiguous();
+        put_list(self.dims(), out);
+        // One number for both; an offset of more than 63 bits lies in no buffer.
+        ((self.start_offset() as u64) << 1 | u64::from(has_strides)).put(out);
+        if has_strides {
+            self.stride().iter().for_each(|stride| stride.put(out));
+        }
     }
 
     fn get(input: &mut Reader<'_>) -> Result<Self> {
         let dims: Vec<usize> = Wire::get(input)?;
-        let offset = usize::get(input)?;
+        let number = u64::get(input)?;
+        let offset = usize::try_from(number >> 1);
+        let offset = offset.map_err(|_| malformed("has an offset beyond this machine"))?;
         let size = dims.iter().try_fold(1usize, |size, &dim| size.checked_mul(dim.max(1)));
         if size.is_none() {
             return Err(malformed("has a shape beyond this machine"));
         }
-        match Option::<Vec<usize>>::get(input)? {
-            None => Ok(Layout::contiguous_with_offset(dims, offset)),
-            Some(stride) if stride.len() == dims.len() => {
-                Ok(Layout::new(Shape::from(dims), stride, offset))
-            }
-            Some(_) => Err(malformed("has strides for another shape")),
+        if number & 1 == 0 {
+            return Ok(Layout::contiguous_with_offset(dims, offset));
+        }
+        let stride = dims.iter().map(|_| usize::get(input)).collect::<Result<_>>()?;
+        Ok(Layout::new(Shape::from(dims), stride, offset))
+    }
+}
+
+/// Appends the call whose result will be `next`: [`Call::put`] without a call.
+pub fn put_call<'a>(
+    op: &Op,
+    args: impl ExactSizeIterator<Item = (Id, Option<&'a Layout>)>,
+    next: Id,
+    out: &mut Vec<u8>,
+) {
+    op.put(out);
+    args.len().put(out);
+    for (id, layout) in args {
+        // Results are named from the end, and weights, which are old, from the beginning. One
+        // number for that, for which of both it is, and for whether a layout follows.
+        let back = next.0.wrapping_sub(id.0);
+        let (place, from_start) = if id.0 < back { (id.0, 2) } else { (back, 0) };
+        (place << 2 | from_start | u64::from(layout.is_some())).put(out);
+        if let Some(layout) = layout {
+            layout.put(out);
         }
     }
 }
@@ -389,16 +413,7 @@ impl Wire for Layout {
 impl Call {
     /// Appends the call whose result will be `next`.
     pub fn put(&self, next: Id, out: &mut Vec<u8>) {
-        self.op.put(out);
-        self.args.len().put(out);
-        for Operand { id, layout } in &self.args {
-            // One number for both: how far back, and whether a layout follows.
-            let back = next.0.wrapping_sub(id.0);
-            (back << 1 | u64::from(layout.is_some())).put(out);
-            if let Some(layout) = layout {
-                layout.put(out);
-            }
-        }
+        put_call(&self.op, self.args.iter().map(|arg| (arg.id, arg.layout.as_ref())), next, out);
     }
 
     /// Reads the call whose result will be `next`.
@@ -411,10 +426,12 @@ impl Call {
         if count > MAX_OPERANDS {
             return Err(malformed(&format!("has {count} operands, more than {MAX_OPERANDS}")));
         }
+        let unmade = || malformed("names a buffer before it is made");
         let operand = |input: &mut Reader<'_>| {
             let number = u64::get(input)?;
-            let id = next.0.checked_sub(number >> 1).filter(|_| number >> 1 > 0);
-            let id = Id(id.ok_or_else(|| malformed("names a buffer before it is made"))?);
+            let place = number >> 2;
+            let id = if number & 2 == 2 { Some(place) } else { next.0.checked_sub(place) };
+            let id = Id(id.filter(|&id| id < next.0).ok_or_else(unmade)?);
             let layout = if number & 1 == 1 { Some(Layout::get(input)?) } else { None };
             Ok(Operand { id, layout })
         };

@@ -10,6 +10,7 @@ use super::Tensor;
 use crate::backend::order::{dense_in_order, memory_order};
 use crate::backend::{
     Activation, Attention, Backend, Conv2d, Fused, GroupNorm, LayerNorm, Linear, Role, View,
+    with_each,
 };
 use crate::error::{Error, Result};
 
@@ -39,6 +40,12 @@ impl<B: Backend> Tensor<B> {
     /// # Errors
     /// If shapes or dtypes do not fit.
     pub fn binary<O: BinaryOpT>(&self, rhs: &Self) -> Result<Self> {
+        let are_row_major = self.layout.is_contiguous() && rhs.layout.is_contiguous();
+        if are_row_major && self.dims() == rhs.dims() {
+            // What follows would say the same, more slowly.
+            let storage = self.storage.binary_impl::<O>(&rhs.storage, &self.layout, &rhs.layout)?;
+            return Ok(Self::dense(storage, self.layout.shape().clone()));
+        }
         let shape = self.layout.shape().broadcast_shape_binary_op(rhs.layout.shape(), O::NAME)?;
         let (lhs, rhs) = (self.broadcast_as(shape.clone())?, rhs.broadcast_as(shape.clone())?);
         let full = if self.dims() == shape.dims() { &lhs } else { &rhs };
@@ -247,18 +254,20 @@ impl<B: Backend> Tensor<B> {
     ///
     /// # Errors
     /// If the operands do not fit, or the device cannot.
-    pub fn fused(op: &Fused, args: &[&Self]) -> Result<Self> {
-        let metas: Vec<_> = args.iter().map(|tensor| tensor.meta()).collect();
-        let meta = op.infer(&metas)?;
-        let views: Vec<_> = args
-            .iter()
-            .map(|tensor| View { storage: &*tensor.storage, layout: &tensor.layout })
-            .collect();
-        Ok(Self { storage: Arc::new(B::fused(op, &views)?), layout: meta.layout })
+    pub fn fused<'a>(op: &Fused, args: &[&'a Self]) -> Result<Self> {
+        let meta = with_each(args, |tensor| tensor.meta(), |metas| op.infer(metas))?;
+        let view = |tensor: &&'a Self| View { storage: &*tensor.storage, layout: &tensor.layout };
+        let storage = with_each(args, view, |views| B::fused(op, views))?;
+        Ok(Self { storage: Arc::new(storage), layout: meta.layout })
     }
 
     /// Runs `op` over the buffer in memory order, so that the result keeps that order.
     fn elementwise(&self, op: impl Fn(&B, &Layout) -> candle_core::Result<B>) -> Result<Self> {
+        if self.layout.is_contiguous() {
+            // What follows would say the same, more slowly.
+            let storage = op(&self.storage, &self.layout)?;
+            return Ok(Self::dense(storage, self.layout.shape().clone()));
+        }
         let order = memory_order(&self.layout);
         let storage = op(&self.storage, &self.layout.permute(&order)?)?;
         Ok(Self { storage: Arc::new(storage), layout: dense_in_order(self.dims(), &order) })

@@ -2,6 +2,7 @@
 
 mod bytes;
 mod cases;
+mod cost;
 mod hostile;
 mod picture;
 mod programs;

@@ -9,7 +9,7 @@ use super::{Session, State};
 use crate::backend::Meta;
 use crate::error::{Error, Result};
 use crate::remote::message::{MAX_PROGRAMS, Message};
-use crate::remote::op::{Call, Id};
+use crate::remote::op::{Call, Id, Op, Operand};
 use crate::remote::transcript::Transcript;
 
 /// A result of a program: its buffer, and which view of it is meant.
@@ -149,10 +149,15 @@ struct Program {
 
 impl Programs {
     /// Notes a call, where recordings are compared.
-    pub(super) fn add(&mut self, call: &Call) {
+    pub(super) fn add<'a>(
+        &mut self,
+        op: &Op,
+        args: impl Iterator<Item = (Id, Option<&'a Layout>)>,
+    ) {
         let recording = self.recording.as_mut();
         if let Some(transcript) = recording.and_then(|program| program.transcript.as_mut()) {
-            transcript.add(call);
+            let args = args.map(|(id, layout)| Operand { id, layout: layout.cloned() }).collect();
+            transcript.add(&Call { op: op.clone(), args });
         }
     }
 }

@@ -4,7 +4,7 @@
 use candle_core::{DType, Layout};
 
 use super::{Binary, Copy2d, Op, Reduce};
-use crate::backend::{Meta, MetaRef, Size2d};
+use crate::backend::{Meta, MetaRef, Size2d, with_each};
 use crate::error::{Error, Result};
 use crate::remote::wire::{MAX_OPERANDS, MAX_RANK};
 
@@ -33,7 +33,7 @@ impl Op {
         check_limits(args).map_err(named)?;
         match self {
             // It names itself.
-            Op::Fused(op) => op.infer(&args.iter().map(|arg| arg.meta).collect::<Vec<_>>()),
+            Op::Fused(op) => with_each(args, |arg| arg.meta, |metas| op.infer(metas)),
             op => op.infer_checked(args).map_err(named),
         }
     }
@@ -90,7 +90,7 @@ impl Op {
                 let [x] = exactly(args)?;
                 whole(x)
             }
-            Op::Fused(op) => op.infer(&args.iter().map(|arg| arg.meta).collect::<Vec<_>>()),
+            Op::Fused(op) => with_each(args, |arg| arg.meta, |metas| op.infer(metas)),
             Op::ScatterSet { dim } | Op::ScatterAddSet { dim } => {
                 let [target, ids, source] = exactly(args)?;
                 scatter(*dim, target, ids, source)
