@@ -191,9 +191,8 @@ impl<B: Backend> Executor<B> {
             Some(recipe) => Slot::Lazy(recipe),
             None => slot(self.resolve(&call).and_then(|args| self.compute(&call.op, &args))),
         };
-        let recording = self.recording.take();
         self.heap.put(id, slot)?;
-        if let Some(mut recording) = recording {
+        if let Some(mut recording) = self.recording.take() {
             match is_lazy {
                 true => recording.hold(id, self.materialise(id)),
                 false => recording.step(id, &call, |id| self.materialise(id)),

@@ -21,6 +21,8 @@ use crate::error::{Error, Result};
 
 /// Frames that wait to be run before the network stops reading.
 const MAX_QUEUED_FRAMES: usize = 64;
+/// Messages in them: one may be of one byte, but takes a hundred once it is decoded.
+const MAX_QUEUED_MESSAGES: usize = 64 << 10;
 /// Bytes of replies that wait to be sent before ops wait too.
 const MAX_REPLY_BYTES: usize = 8 << 20;
 /// Host tensors that are on their way or not yet taken.
@@ -55,6 +57,7 @@ impl<B: Backend> Worker<B> {
             self.limits,
         );
         let session = Arc::new(Session {
+            numbering: Mutex::default(),
             state: Mutex::default(),
             changed: Condvar::new(),
             waker,
@@ -81,6 +84,8 @@ impl<B: Backend> Worker<B> {
 
 /// One session's end of the network.
 struct Session {
+    /// Apart from the state, so that ops run while the next frame is decoded.
+    numbering: Mutex<Numbering>,
     state: Mutex<State>,
     /// Something was queued, run, sent, or the client is gone.
     changed: Condvar,
@@ -93,11 +98,35 @@ struct Session {
 
 #[derive(Default)]
 struct State {
-    numbering: Numbering,
     queue: VecDeque<Vec<(Id, Message)>>,
+    /// In the queue.
+    messages: usize,
     replies: Outbox,
     is_running: bool,
     is_over: bool,
+}
+
+impl State {
+    fn is_full(&self) -> bool {
+        self.queue.len() >= MAX_QUEUED_FRAMES || self.messages >= MAX_QUEUED_MESSAGES
+    }
+
+    fn push(&mut self, frame: Vec<(Id, Message)>) {
+        self.messages += frame.len();
+        self.queue.push_back(frame);
+    }
+
+    fn pop(&mut self) -> Option<Vec<(Id, Message)>> {
+        let frame = self.queue.pop_front()?;
+        self.messages -= frame.len();
+        Some(frame)
+    }
+
+    fn end(&mut self) {
+        self.is_over = true;
+        self.queue.clear();
+        self.messages = 0;
+    }
 }
 
 impl Session {
@@ -129,7 +158,7 @@ impl Session {
         let started = Instant::now();
         state.is_running = false;
         while !state.is_over {
-            if let Some(messages) = state.queue.pop_front() {
+            if let Some(messages) = state.pop() {
                 state.is_running = true;
                 executor.idled(started.elapsed());
                 self.changed.notify_all();
@@ -153,22 +182,23 @@ impl Session {
 
     fn end(&self) {
         let mut state = self.lock();
-        state.is_over = true;
+        state.end();
         self.is_over.store(true, Ordering::Relaxed);
-        state.queue.clear();
         self.changed.notify_all();
     }
 }
 
 impl WorkerEnd for Session {
     fn received(&self, frame: Vec<u8>) -> Result<()> {
+        // Held until the messages are queued: frames keep their order.
+        let mut numbering = self.numbering.lock().unwrap_or_else(PoisonError::into_inner);
+        let messages = decode_frame(&frame, &mut numbering)?;
         let mut state = self.lock();
-        let messages = decode_frame(&frame, &mut state.numbering)?;
-        while !state.is_over && state.queue.len() >= MAX_QUEUED_FRAMES {
+        while !state.is_over && state.is_full() {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         if !state.is_over {
-            state.queue.push_back(messages);
+            state.push(messages);
             self.changed.notify_all();
         }
         Ok(())
@@ -422,5 +452,25 @@ mod tests {
         let bytes = 1f32.to_le_bytes().to_vec();
         let over = Reply::Failed("the session is over".into());
         assert_eq!(replies, [Reply::Data { bytes, is_last: true }, over]);
+    }
+
+    #[test]
+    fn a_queue_of_decoded_messages_takes_little_memory_whatever_they_are() {
+        let frame = |messages| vec![(Id(0), Message::Mark); messages];
+        // What the queue may take, and what one frame may add to it.
+        let message_bytes = size_of::<(Id, Message)>();
+        let most = MAX_QUEUED_MESSAGES + super::super::transport::MAX_FRAME_BYTES;
+        assert!(most * message_bytes <= 48 << 20, "{message_bytes} bytes a message");
+        for (len, frames) in [(1, MAX_QUEUED_FRAMES), (MAX_QUEUED_MESSAGES / 2, 2), (200_000, 1)] {
+            let mut state = State::default();
+            while !state.is_full() {
+                state.push(frame(len));
+            }
+            assert_eq!(state.queue.len(), frames, "of {len} messages each");
+            assert_eq!(state.pop().map(|messages| messages.len()), Some(len));
+            assert!(!state.is_full());
+            state.end();
+            assert!(state.pop().is_none() && state.messages == 0);
+        }
     }
 }
