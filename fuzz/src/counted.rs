@@ -24,7 +24,11 @@ fn main() {
         PANICS.fetch_add(1, Ordering::Relaxed);
         *PANIC.lock().expect("nobody panics here") = Some(panic.to_string());
     }));
-    warm_up(target);
+    if std::panic::catch_unwind(|| warm_up(target)).is_err() {
+        let panic = PANIC.lock().expect("nobody panics there").take().unwrap_or_default();
+        eprintln!("{} at the start: {panic}", target.name);
+        std::process::exit(1);
+    }
     let first = numbers.get(1).copied().unwrap_or(1) << 40;
     let (began, mut peak) = (Instant::now(), 0);
     for seed in first..first + count {

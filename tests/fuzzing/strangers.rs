@@ -1,6 +1,8 @@
 //! What is read of those who are not trusted yet: hellos, answers, pairing URLs, and what a bulk
 //! transfer says of itself.
 
+use std::sync::OnceLock;
+
 use tiny_sd::remote::hello::{ANSWER_HEADER_BYTES, Answer, HELLO_BYTES, Hello, Status};
 use tiny_sd::remote::op::cases::cases;
 use tiny_sd::remote::op::{Digest, Op};
@@ -73,9 +75,10 @@ fn draw(random: &mut Random) -> Vec<u8> {
             bytes
         }
         4 => {
-            let cases = cases();
+            static OPS: OnceLock<Vec<Op>> = OnceLock::new();
+            let ops = OPS.get_or_init(|| cases().into_iter().map(|case| case.op).collect());
             let mut bytes = Vec::new();
-            cases[random.below(cases.len())].op.put(&mut bytes);
+            ops[random.below(ops.len())].put(&mut bytes);
             bytes
         }
         _ => {
