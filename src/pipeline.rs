@@ -25,8 +25,9 @@ use crate::tokenizer::Tokenizer;
 pub use loading::LoadOptions;
 use preview::Preview;
 
-/// Steps that may be under way on a remote device while the next ones are sent.
-const RUN_AHEAD: usize = 4;
+/// Steps that may be under way on a remote device while the next ones are sent: a far device does
+/// that many in a round trip, so that its speed, not the way to it, is what a picture takes.
+const RUN_AHEAD: usize = 32;
 
 /// A model ready to make pictures, each stage on a device of its own backend, or all on one.
 pub struct Pipeline<T: Backend, U: Backend = T, V: Backend = T> {
@@ -200,17 +201,35 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             observe(&sample)?;
             let preview = original.as_ref().map(Preview::begin).transpose()?;
             marks.push_back((self.devices.unet.mark()?, preview));
-            while marks.len() > RUN_AHEAD || (index + 1 == total && !marks.is_empty()) {
-                let Some((mark, preview)) = marks.pop_front() else { break };
-                self.devices.unet.wait(mark)?;
-                let done = index + 1 - marks.len();
-                progress.report(Event::Step { done, total });
-                if let Some(preview) = preview {
-                    progress.report(Event::Preview { done, picture: &preview.finish()? });
-                }
-            }
+            self.report_steps(&mut marks, index + 1, total, progress)?;
         }
         Ok(sample)
+    }
+
+    /// Tells of the steps that are done, of `sent`; waits for them only if too many are under way,
+    /// or if all are.
+    fn report_steps(
+        &self,
+        marks: &mut VecDeque<(<U::Device as Device>::Mark, Option<Preview>)>,
+        sent: usize,
+        total: usize,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        while let Some((mark, _)) = marks.front() {
+            let must_wait = sent == total || marks.len() > RUN_AHEAD;
+            if !must_wait && !self.devices.unet.is_reached(mark) {
+                break;
+            }
+            progress.check()?;
+            let Some((mark, preview)) = marks.pop_front() else { break };
+            self.devices.unet.wait(mark)?;
+            let done = sent - marks.len();
+            progress.report(Event::Step { done, total });
+            if let Some(preview) = preview {
+                progress.report(Event::Preview { done, picture: &preview.finish()? });
+            }
+        }
+        Ok(())
     }
 
     /// The UNet's prediction (1, channels, height, width) in f32, guided.

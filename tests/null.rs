@@ -38,6 +38,10 @@ impl backend::Device for Device {
         Ok(())
     }
 
+    fn is_reached(&self, (): &()) -> bool {
+        true
+    }
+
     fn announce(
         &self,
         _: &[&HostTensor],

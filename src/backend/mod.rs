@@ -90,6 +90,9 @@ pub trait Device: BackendDevice + Send + Sync + 'static {
     /// If the device is gone.
     fn wait(&self, mark: Self::Mark) -> Result<()>;
 
+    /// Whether a [`wait`](Self::wait) for the mark would return at once.
+    fn is_reached(&self, mark: &Self::Mark) -> bool;
+
     /// Begins work that will be asked for again, with other inputs of the same shapes, under the
     /// same key. A device that can replay it from a recording does so; else the caller runs it.
     ///

@@ -42,6 +42,8 @@ struct State {
     outbox: Outbox,
     /// Whether the network was called and has not yet found the outbox empty.
     is_awake: bool,
+    /// Whether the last thing that was said, but for frees, is a read or a mark.
+    asked_last: bool,
     bulk: VecDeque<BulkSource>,
     numbering: Numbering,
     next_transfer: u64,
@@ -155,6 +157,7 @@ impl Session {
         state.programs.add(op, args.clone());
         let next = state.numbering.next();
         state.numbering.advance_call(op);
+        state.asked_last = false;
         state.outbox.push(|out| put_call(op, args, next, out));
         self.wake_once(&mut state);
         Ok(next)
@@ -271,10 +274,8 @@ impl Session {
         let state = self.lock();
         let waits =
             |state: &mut State| state.failure.is_none() && !state.answers.contains_key(&ticket);
-        let (mut state, timeout) = self
-            .changed
-            .wait_timeout_while(state, REPLY_TIMEOUT, waits)
-            .unwrap_or_else(PoisonError::into_inner);
+        let waited = self.changed.wait_timeout_while(state, REPLY_TIMEOUT, waits);
+        let (mut state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
         match state.answers.remove(&ticket) {
             Some(answer) => answer,
             None if timeout.timed_out() => Err(Error::remote(format!(
@@ -290,6 +291,7 @@ impl Session {
     fn send(&self, state: &mut State, message: &Message) -> Result<Id> {
         let next = state.numbering.next();
         state.numbering.advance(message)?;
+        state.asked_last = matches!(message, Message::Read(_) | Message::Mark);
         state.outbox.push(|out| message.put(next, out));
         self.wake_once(state);
         Ok(next)
@@ -349,8 +351,8 @@ impl Session {
             }
             Reply::Present(present) => Ok(Answer::Present(present)),
         };
-        let request = state.requests.pop_front();
-        let request = request.ok_or_else(|| malformed("answers what was not asked"))?;
+        let unasked = || malformed("answers what was not asked");
+        let request = state.requests.pop_front().ok_or_else(unasked)?;
         match request.stage {
             None => drop(state.answers.insert(request.ticket, answer)),
             Some((name, sent)) => {
@@ -384,11 +386,15 @@ impl ClientEnd for Session {
         state.statistics.bytes_down += frame.len() as u64;
         let mut input = Reader::new(frame);
         while !input.is_empty() {
-            let reply = Reply::get(&mut input)?;
-            self.take(&mut state, reply)?;
+            self.take(&mut state, Reply::get(&mut input)?)?;
         }
         self.changed.notify_all();
         Ok(())
+    }
+
+    fn is_settled(&self) -> bool {
+        let state = self.lock();
+        state.asked_last && state.requests.is_empty()
     }
 
     fn lost(&self, error: Error) {

@@ -77,6 +77,10 @@ impl crate::backend::Device for Device {
         self.session().done(mark).map(drop)
     }
 
+    fn is_reached(&self, mark: &Ticket) -> bool {
+        self.session().is_answered(mark)
+    }
+
     fn begin_program(&self, key: &str, inputs: &[&Storage]) -> crate::Result<Begun<Storage>> {
         check_same_worker(self, inputs.iter().copied())?;
         let ids: Vec<_> = inputs.iter().map(|storage| storage.id()).collect();

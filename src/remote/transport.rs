@@ -28,6 +28,12 @@ pub trait ClientEnd: Send + Sync {
     /// If it is malformed: the connection must be closed.
     fn received(&self, frame: &[u8]) -> Result<()>;
 
+    /// Whether the worker has answered all that was said to it: then the end of the session need
+    /// not wait until it has heard the rest.
+    fn is_settled(&self) -> bool {
+        false
+    }
+
     /// The connection is gone, or a transfer failed; every wait ends with this error.
     fn lost(&self, error: Error);
 }

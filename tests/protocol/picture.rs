@@ -2,20 +2,27 @@
 
 use std::num::NonZeroUsize;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use candle_core::DType;
 use tiny_sd::Result;
-use tiny_sd::backend::{Backend, cpu};
+use tiny_sd::backend::{Backend, HostTensor, cpu};
 use tiny_sd::image::{ImageSize, Picture};
 use tiny_sd::pipeline::{LoadOptions, PictureRequest, Pipeline, Placement};
 use tiny_sd::progress::{Event, Progress, Silent};
 use tiny_sd::remote::client::Statistics;
+use tiny_sd::remote::library::Library;
+use tiny_sd::remote::loopback::Loopback;
+use tiny_sd::remote::op::Digest;
 use tiny_sd::remote::storage::Storage;
+use tiny_sd::remote::transport::BulkSink;
+use tiny_sd::remote::worker;
 use tiny_sd::schedule::SchedulerKind;
 use tiny_sd::weights::{Component, ModelFolder};
 
-use super::Worker;
+use super::{LIMITS, Worker};
 
 fn folder() -> Result<ModelFolder> {
     ModelFolder::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/tiny"))
@@ -30,17 +37,7 @@ fn paint<B: Backend>(
 ) -> Result<Vec<u8>> {
     let options = LoadOptions { dtype: DType::F32, variant: None, scheduler: Some(scheduler) };
     let pipeline = Pipeline::<B>::load(&folder()?, &options, Placement::whole(device), &Silent)?;
-    let (prompt, negative_prompt) = ("a red cube", "blue");
-    let size = ImageSize { height: 64, width: 64 };
-    let request = PictureRequest {
-        prompt,
-        negative_prompt,
-        seed: 4,
-        steps,
-        guidance_scale,
-        size,
-        preview_every: None,
-    };
+    let request = PictureRequest { guidance_scale, ..request(steps, None) };
     let picture = pipeline.paint(&request, &Silent)?;
     // The second picture of a model finds the program of the first.
     assert_eq!(pipeline.paint(&request, &Silent)?.rgb(), picture.rgb());
@@ -110,15 +107,7 @@ fn previews<B: Backend>(device: &B::Device) -> Result<Vec<(usize, Picture)>> {
     }
     let options = LoadOptions { dtype: DType::F32, variant: None, scheduler: None };
     let pipeline = Pipeline::load(&folder()?, &options, Placement::<B>::whole(device), &Silent)?;
-    let request = PictureRequest {
-        prompt: "a red cube",
-        negative_prompt: "",
-        seed: 4,
-        steps: 10,
-        guidance_scale: 7.5,
-        size: ImageSize { height: 64, width: 64 },
-        preview_every: NonZeroUsize::new(3),
-    };
+    let request = request(10, NonZeroUsize::new(3));
     let seen = Seen::default();
     pipeline.paint(&request, &seen)?;
     Ok(seen.0.into_inner().unwrap())
@@ -133,5 +122,100 @@ fn nothing_but_inputs_varies_between_the_steps_of_a_unet() -> Result<()> {
     let here = paint::<cpu::Storage>(&worker.device, SchedulerKind::Pndm, 4, 7.5)?;
     assert!(here == there);
     assert_eq!(session.session().statistics().replays, 0);
+    Ok(())
+}
+
+#[test]
+fn a_step_that_is_done_is_told_before_the_next_is_computed() -> Result<()> {
+    let device = cpu::Device::with_threads(1)?;
+    let options = LoadOptions { dtype: DType::F32, variant: None, scheduler: None };
+    let place = Placement::<cpu::Storage>::whole(&device);
+    let pipeline = Pipeline::load(&folder()?, &options, place, &Silent)?;
+    let told = Told::default();
+    let mut seen = 0usize;
+    pipeline.latents(&request(6, None), &told, &mut |_| {
+        // First the noise is seen, then each step, just before it is told of.
+        let before = seen.saturating_sub(1);
+        assert_eq!(told.0.lock().unwrap().len(), before, "steps that were told of");
+        seen += 1;
+        Ok(())
+    })?;
+    assert_eq!(*told.0.lock().unwrap(), [1, 2, 3, 4, 5, 6]);
+    Ok(())
+}
+
+/// The steps that were told of.
+#[derive(Default)]
+struct Told(Mutex<Vec<usize>>);
+
+impl Progress for Told {
+    fn report(&self, event: Event<'_>) {
+        if let Event::Step { done: done @ 1.., .. } = event {
+            self.0.lock().unwrap().push(done);
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn request(steps: usize, preview_every: Option<NonZeroUsize>) -> PictureRequest<'static> {
+    PictureRequest {
+        prompt: "a red cube",
+        negative_prompt: "blue",
+        seed: 4,
+        steps,
+        guidance_scale: 7.5,
+        size: ImageSize { height: 64, width: 64 },
+        preview_every,
+    }
+}
+
+/// A library that gives no weight before it may: until then the worker does nothing.
+struct Held {
+    library: Arc<dyn Library>,
+    may: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Library for Held {
+    fn has(&self, digests: &[Digest]) -> Vec<bool> {
+        self.library.has(digests)
+    }
+
+    fn get(&self, digest: &Digest) -> Result<HostTensor> {
+        // It fails at once when the other end is gone, which is the permission.
+        let _ = self.may.lock().unwrap().recv();
+        self.library.get(digest)
+    }
+
+    fn receive(&self, digest: Digest, dtype: DType, dims: &[usize]) -> Result<Box<dyn BulkSink>> {
+        self.library.receive(digest, dtype, dims)
+    }
+
+    fn end(&self) {
+        self.library.end();
+    }
+}
+
+#[test]
+fn all_steps_are_on_their_way_before_the_first_is_done() -> Result<()> {
+    let (worker, steps) = (worker()?, 25);
+    let (hold, may) = mpsc::channel::<()>();
+    let library = Arc::new(Held { library: worker.library.session(), may: Mutex::new(may) });
+    let far = worker::Worker::<cpu::Storage>::new(worker.device.clone(), LIMITS, 64 << 20);
+    let far = Loopback::connect("worker", &far, library)?;
+    let (session, device) = (far.session().clone(), far.device());
+    let painting =
+        thread::spawn(move || paint::<Storage>(&device, SchedulerKind::EulerAncestral, steps, 7.5));
+    // The first step is recorded, the others are replays.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while session.statistics().replays + 1 < steps as u64 && Instant::now() < deadline {
+        thread::yield_now();
+    }
+    let sent = session.statistics().replays + 1;
+    drop(hold);
+    painting.join().unwrap()?;
+    assert_eq!(sent, steps as u64, "steps that were sent without an answer");
     Ok(())
 }

@@ -76,6 +76,10 @@ impl super::Device for Device {
         Ok(())
     }
 
+    fn is_reached(&self, (): &()) -> bool {
+        true
+    }
+
     /// Calling a kernel costs nothing that a recording would save.
     fn begin_program(&self, _: &str, _: &[&Storage]) -> Result<Begun<Storage>> {
         Ok(Begun::Run)

@@ -224,6 +224,10 @@ impl<A: Backend, B: Backend> super::Device for Device<A, B> {
         self.b.wait(b)
     }
 
+    fn is_reached(&self, (a, b): &Self::Mark) -> bool {
+        self.a.is_reached(a) && self.b.is_reached(b)
+    }
+
     /// Op by op: of what is replayed only the end could be compared.
     fn begin_program(&self, _: &str, _: &[&Storage<A, B>]) -> Result<Begun<Storage<A, B>>> {
         Ok(Begun::Run)

@@ -31,8 +31,9 @@ use crate::remote::url::PairingUrl;
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a connection that is dropped may take to send what waits.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long its last packet may take.
-const CLOSE_TIMEOUT: Duration = Duration::from_millis(100);
+/// How long its last packet may take to leave. That it arrives nobody waits for: a worker that does
+/// not hear it notices the silence.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(10);
 /// How long a client waits for its turn.
 const QUEUE_TIMEOUT: Duration = Duration::from_secs(4 * 3600);
 /// How often a caller that waits for its turn can say that it does not want to any more.
@@ -40,8 +41,9 @@ const QUEUE_TICK: Duration = Duration::from_millis(100);
 /// Addresses of one host that are tried, all at once.
 const MAX_ADDRESSES: usize = 8;
 
-/// A session's connection. Dropping it sends the frames that wait (for at most a second), closes,
-/// and then ends whatever still waits through [`ClientEnd::lost`].
+/// A session's connection. Dropping it sends the frames that wait (for at most a second) unless the
+/// worker has answered everything, closes, and then ends whatever still waits through
+/// [`ClientEnd::lost`].
 pub struct Connection {
     name: String,
     greeting: String,
@@ -353,6 +355,9 @@ impl Network {
     async fn send_frames(&self, end: &dyn ClientEnd, send: &mut SendStream) -> Step<()> {
         loop {
             let is_closing = self.shared.is_closing.load(Ordering::Acquire);
+            if is_closing && end.is_settled() {
+                return Err(Ending::Finished);
+            }
             self.shared.wake.looks_for_frames();
             while let Some(frame) = end.next_frame() {
                 send_frame(send, frame).await?;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use quinn::{Connection, RecvStream, SendStream};
+use quinn::{Connection, ConnectionError, RecvStream, SendStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -231,6 +231,11 @@ async fn idle(limit: Option<Duration>, was_active: impl Fn() -> bool) -> Ending 
 pub(super) fn reason(ending: &Ending) -> String {
     match ending {
         Ending::Finished => "the client is done".to_owned(),
+        Ending::Lost(ConnectionError::ApplicationClosed(close))
+            if close.error_code == Code::Done.into() =>
+        {
+            "the client is done".to_owned()
+        }
         Ending::Lost(error) => error.to_string(),
         Ending::Fault(error) => error.to_string(),
     }
