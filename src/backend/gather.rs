@@ -79,10 +79,9 @@ impl Gather {
                 count
             } else {
                 let count = (width - column).min(rest.len());
-                for (i, to) in rest.iter_mut().take(count).enumerate() {
-                    let from = stored.get(start + (column + i) * self.columns.1);
-                    *to = from.copied().unwrap_or([0; N]);
-                }
+                let first = start + column * self.columns.1;
+                let from = stored.get(first..).unwrap_or_default();
+                copy_strided(from, self.columns.1, rest.get_mut(..count).unwrap_or_default());
                 count
             };
             filled += count;
@@ -136,6 +135,19 @@ impl Gather {
             self.base -= stride * dim;
             *index = 0;
         }
+    }
+}
+
+/// Every `stride`th element of `from`; what lies beyond it reads as zero.
+fn copy_strided<const N: usize>(from: &[[u8; N]], stride: usize, out: &mut [[u8; N]]) {
+    if stride == 1
+        && let Some(from) = from.get(..out.len())
+    {
+        // At the speed of memory: a whole matrix is one such row.
+        return out.copy_from_slice(from);
+    }
+    for (i, to) in out.iter_mut().enumerate() {
+        *to = from.get(i * stride).copied().unwrap_or([0; N]);
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use bytes::Bytes;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Endpoint, RecvStream, SendStream, VarInt};
 use tokio::sync::Notify;
@@ -16,7 +17,7 @@ use tokio::time::timeout;
 
 use super::explain::{explain, explain_handshake};
 use super::{
-    BULK_STREAMS, Code, Ending, FRAME_PRIORITY, MAX_MTU, SESSION_WINDOW, Staging, Step, Wake,
+    BULK_STREAMS, Code, Ending, FRAME_PRIORITY, Loan, MAX_MTU, SESSION_WINDOW, Staging, Step, Wake,
     blocking, endpoint, receive, send_frame, transport,
 };
 use crate::error::{Error, Result};
@@ -431,31 +432,29 @@ async fn send_one_bulk(
     let mut stream = connection.open_uni().await?;
     stream.write_all(&(header.len() as u32).to_le_bytes()).await?;
     stream.write_all(&header).await?;
-    let (mut sent, mut ready) = (0u64, None::<(Vec<u8>, usize)>);
+    let (mut sent, mut ready) = (0u64, Bytes::new());
     loop {
-        let mut buffer = staging.take();
+        let mut loan = Loan { buffer: staging.take(), filled: 0, staging: Arc::clone(&staging) };
         let filling = blocking(move || {
-            let filled = fill(&mut *read, &mut buffer)?;
-            Ok((read, buffer, filled))
+            loan.filled = fill(&mut *read, &mut loan.buffer)?;
+            Ok((read, loan))
         });
         let writing = async {
-            if let Some((buffer, filled)) = ready.take() {
-                let bytes = buffer.get(..filled).unwrap_or_default();
-                stream.write_all(bytes).await?;
-                staging.give(buffer);
+            match std::mem::take(&mut ready) {
+                nothing if nothing.is_empty() => Ok(()),
+                bytes => stream.write_chunk(bytes).await,
             }
-            Ok::<_, Ending>(())
         };
         let (filled, written) = tokio::join!(filling, writing);
         written?;
-        let (next_read, buffer, filled) = filled?;
+        let (next_read, loan) = filled?;
         read = next_read;
-        if filled == 0 {
-            staging.give(buffer);
+        if loan.filled == 0 {
             break;
         }
-        sent = sent.saturating_add(filled as u64);
-        ready = Some((buffer, filled));
+        sent = sent.saturating_add(loan.filled as u64);
+        // Not copied once more, and lent until the worker has it.
+        ready = Bytes::from_owner(loan);
     }
     if sent != len {
         return Err(Error::remote(format!("a transfer of {len} bytes had {sent}")).into());

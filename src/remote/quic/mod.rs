@@ -36,6 +36,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(1);
 pub const BULK_STREAMS: u32 = 3;
 /// Bytes in flight on one stream: 100 ms at 1 Gbit/s, and some.
 const STREAM_WINDOW: u32 = 16 << 20;
+const _: () = assert!(STREAM_WINDOW >= 1_000_000_000 / 8 / 10);
 /// Bytes in flight in one session, and that the sender keeps: transfers that nobody reads, or that
 /// the network does not carry, fill at most their own streams and leave room for frames.
 const SESSION_WINDOW: u32 = (BULK_STREAMS + 1) * STREAM_WINDOW;
@@ -228,6 +229,25 @@ impl Staging {
 
     fn give(&self, buffer: Vec<u8>) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+    }
+}
+
+/// The front of a staging buffer, which goes back when the network has no more use for it.
+struct Loan {
+    buffer: Vec<u8>,
+    filled: usize,
+    staging: Arc<Staging>,
+}
+
+impl AsRef<[u8]> for Loan {
+    fn as_ref(&self) -> &[u8] {
+        self.buffer.get(..self.filled).unwrap_or_default()
+    }
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        self.staging.give(std::mem::take(&mut self.buffer));
     }
 }
 
