@@ -24,6 +24,8 @@ use stages::Stages;
 
 /// Bytes that may wait to be sent before callers are held back.
 const MAX_WAITING_BYTES: usize = 16 << 20;
+/// What waits goes without waiting for more when it is this much: some hundred ops.
+const GATHERED_BYTES: usize = 16 << 10;
 /// How long a request may take: longer than any op on any machine.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -42,6 +44,10 @@ struct State {
     outbox: Outbox,
     /// Whether the network was called and has not yet found the outbox empty.
     is_awake: bool,
+    /// Whether somebody waits for an answer to what is in the outbox.
+    is_urgent: bool,
+    /// Whether the network was called for what is due.
+    is_hurried: bool,
     /// Whether the last thing that was said, but for frees, is a read or a mark.
     asked_last: bool,
     bulk: VecDeque<BulkSource>,
@@ -57,6 +63,13 @@ struct State {
     programs: Programs,
     statistics: Statistics,
     stages: Stages,
+}
+
+impl State {
+    /// Whether what waits should wait no longer.
+    fn is_due(&self) -> bool {
+        self.is_urgent || self.failure.is_some() || self.outbox.bytes() >= GATHERED_BYTES
+    }
 }
 
 struct Request {
@@ -266,6 +279,7 @@ impl Session {
         state.next_ticket += 1;
         state.requests.push_back(Request { ticket, bytes, stage: None });
         state.statistics.round_trips += u64::from(*message != Message::Mark);
+        state.is_urgent = true;
         self.send(&mut state, message)?;
         Ok(Ticket(ticket))
     }
@@ -298,7 +312,10 @@ impl Session {
     }
 
     fn wake_once(&self, state: &mut State) {
-        if !std::mem::replace(&mut state.is_awake, true) {
+        let is_due = state.is_due();
+        let knows = std::mem::replace(&mut state.is_awake, true);
+        let hurries = std::mem::replace(&mut state.is_hurried, is_due);
+        if !knows || is_due && !hurries {
             self.wake();
         }
     }
@@ -367,7 +384,7 @@ impl ClientEnd for Session {
     fn next_frame(&self) -> Option<Vec<u8>> {
         let mut state = self.lock();
         let Some(frame) = state.outbox.take() else {
-            state.is_awake = false;
+            (state.is_awake, state.is_urgent, state.is_hurried) = (false, false, false);
             return None;
         };
         state.statistics.bytes_up += frame.len() as u64;
@@ -390,6 +407,10 @@ impl ClientEnd for Session {
         }
         self.changed.notify_all();
         Ok(())
+    }
+
+    fn is_due(&self) -> bool {
+        self.lock().is_due()
     }
 
     fn is_settled(&self) -> bool {

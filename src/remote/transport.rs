@@ -19,6 +19,12 @@ pub trait ClientEnd: Send + Sync {
     /// Called again and again until `None`, whenever the waker was called.
     fn next_frame(&self) -> Option<Vec<u8>>;
 
+    /// Whether what waits to be sent should go now; else it may be held back for a moment, until
+    /// there is more of it. When that changes the waker is called.
+    fn is_due(&self) -> bool {
+        true
+    }
+
     /// The next bulk transfer that may start; several run at once, in any order.
     fn next_bulk(&self) -> Option<BulkSource>;
 

@@ -30,6 +30,8 @@ use crate::remote::url::PairingUrl;
 
 /// How long a worker may take to answer, from the first packet to the welcome.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long ops for which nobody waits are held back, so that more go with them.
+const GATHER_TIME: Duration = Duration::from_millis(1);
 /// How long a connection that is dropped may take to send what waits.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long its last packet may take to leave. That it arrives nobody waits for: a worker that does
@@ -367,6 +369,18 @@ impl Network {
                 // Closed already only if the connection is.
                 let _ = send.finish();
                 return Ok(());
+            }
+            self.shared.wake.frames.notified().await;
+            // Alone, a small op would cost a packet: mostly others follow.
+            let _ = timeout(GATHER_TIME, self.due(end)).await;
+        }
+    }
+
+    async fn due(&self, end: &dyn ClientEnd) {
+        loop {
+            self.shared.wake.looks_for_frames();
+            if end.is_due() || self.shared.is_closing.load(Ordering::Acquire) {
+                return;
             }
             self.shared.wake.frames.notified().await;
         }
