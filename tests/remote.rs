@@ -155,7 +155,7 @@ fn a_client_whose_turn_it_is_not_says_so_and_waits() {
     let mut line = String::new();
     stderr.read_line(&mut line).unwrap();
     assert!(line.starts_with("waiting for quic://127.0.0.1:"), "{line}");
-    assert!(line.contains("0 before this client"), "{line}");
+    assert!(line.contains("0 clients before this client"), "{line}");
     drop(held);
     stderr.read_to_string(&mut line).unwrap();
     assert!(waiting.unwrap().wait().unwrap().success(), "{line}");

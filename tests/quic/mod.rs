@@ -96,20 +96,26 @@ fn who_waits_hears_how_many_come_first_and_gets_a_turn() {
     let worker = Worker::start(Limits { max_sessions: 1, max_waiting: 2, ..limits() });
     let running = join(&worker.url());
     let first = Waiter::new(&worker);
-    assert!(first.news().starts_with("0 before this client and 1 session"));
+    assert_eq!(first.news(), "0 clients before this client, 1 session running");
     let second = Waiter::new(&worker);
-    assert!(second.news().starts_with("1 before"));
+    assert!(second.news().starts_with("1 client before"));
     let message = join_as(&worker.url(), HELLO).err().unwrap().to_string();
-    assert!(message.contains("2 clients wait") && message.contains("--max-waiting"), "{message}");
+    assert!(
+        message.contains("2 clients waiting") && message.contains("--max-waiting"),
+        "{message}"
+    );
     drop(running);
     let joined = first.joined.recv_timeout(PATIENCE).unwrap().unwrap();
     joined.client.send(b"my turn");
     assert_eq!(joined.hear(), b"my turn");
-    assert!(second.news().starts_with("0 before"));
+    assert!(second.news().starts_with("0 clients before"));
     let third = Waiter::new(&worker);
-    assert!(third.news().starts_with("1 before"));
+    assert!(third.news().starts_with("1 client before"));
+    let left = Instant::now();
     drop(second);
-    assert!(third.news().starts_with("0 before"));
+    assert!(third.news().starts_with("0 clients before"));
+    // Who leaves says so: its silence would be noticed after 3 s.
+    assert!(left.elapsed() < Duration::from_secs(2), "{:?}", left.elapsed());
     worker.server.begin_shutdown();
     let message = third.joined.recv_timeout(PATIENCE).unwrap().err().unwrap().to_string();
     assert!(message.contains("shutting down"), "{message}");

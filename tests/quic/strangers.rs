@@ -8,7 +8,7 @@ use tiny_sd::remote::quic::STRANGER_WINDOW;
 use tiny_sd::remote::quic::server::Limits;
 use tiny_sd::remote::trust::PinnedCertificate;
 
-use super::ends::{Event, HELLO, Worker, join, limits};
+use super::ends::{Event, HELLO, PATIENCE, Waiter, Worker, join, limits};
 
 /// A peer that knows where the worker is but not the token, on quinn itself.
 struct Stranger {
@@ -19,10 +19,15 @@ struct Stranger {
 
 impl Stranger {
     fn connect(worker: &Worker) -> Self {
+        Self::connect_as(worker, quinn::TransportConfig::default())
+    }
+
+    fn connect_as(worker: &Worker, transport: quinn::TransportConfig) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let tls = PinnedCertificate::new(worker.identity.fingerprint()).client_config().unwrap();
         let tls = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
-        let config = quinn::ClientConfig::new(Arc::new(tls));
+        let mut config = quinn::ClientConfig::new(Arc::new(tls));
+        config.transport_config(Arc::new(transport));
         let address = worker.server.local_addr();
         let (connection, endpoint) = runtime.block_on(async {
             let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -76,6 +81,31 @@ fn a_stranger_that_says_nothing_is_cut_off_and_others_come_in() {
     for stranger in silent {
         stranger.runtime.block_on(stranger.connection.closed());
     }
+}
+
+#[test]
+fn who_does_not_read_holds_nobody_up_who_waits_behind() {
+    let worker = Worker::start(Limits { max_sessions: 1, max_waiting: 2, ..limits() });
+    let running = join(&worker.url());
+    let mut transport = quinn::TransportConfig::default();
+    transport.stream_receive_window(8u32.into()).keep_alive_interval(Some(PATIENCE / 100));
+    let rude = Stranger::connect_as(&worker, transport);
+    let hello = HELLO.encode(worker.identity.token());
+    let rude = std::thread::spawn(move || {
+        rude.runtime.block_on(async {
+            let (mut send, _unread) = rude.connection.open_bi().await.unwrap();
+            send.write_all(&hello).await.unwrap();
+            rude.connection.closed().await
+        })
+    });
+    // It may not be in the queue yet: then whoever comes is before it, and goes.
+    let behind = std::iter::repeat_with(|| Waiter::new(&worker))
+        .find(|waiter| waiter.news().starts_with("1 client before"))
+        .unwrap();
+    assert!(behind.news().starts_with("0 clients before"));
+    drop(rude.join().unwrap());
+    drop(running);
+    assert!(behind.joined.recv_timeout(PATIENCE).unwrap().is_ok());
 }
 
 #[test]

@@ -4,27 +4,25 @@
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use bytes::Bytes;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Endpoint, RecvStream, SendStream, VarInt};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::bulk::send_one_bulk;
 use super::explain::{explain, explain_handshake};
 use super::{
-    BULK_STREAMS, Code, Ending, FRAME_PRIORITY, Loan, MAX_MTU, SESSION_WINDOW, Staging, Step, Wake,
+    BULK_STREAMS, Code, Ending, FRAME_PRIORITY, MAX_MTU, SESSION_WINDOW, Staging, Step, Wake,
     blocking, endpoint, receive, send_frame, transport,
 };
 use crate::error::{Error, Result};
 use crate::remote::hello::{ANSWER_HEADER_BYTES, Answer, Hello, Status, readable};
-use crate::remote::transport::{
-    BulkSource, ClientEnd, MAX_BULK_HEADER_BYTES, MAX_FRAME_BYTES, Waker,
-};
+use crate::remote::transport::{ClientEnd, MAX_FRAME_BYTES, Waker};
 use crate::remote::trust::{PinnedCertificate, SERVER_NAME};
 use crate::remote::url::PairingUrl;
 
@@ -59,6 +57,19 @@ struct Shared {
     wake: Arc<Wake>,
     is_closing: AtomicBool,
     closing: Notify,
+    /// What the worker said last of the queue: whatever it says how often, one line is kept.
+    news: Mutex<Option<String>>,
+}
+
+impl Shared {
+    /// What is new since it was asked for last.
+    fn news(&self) -> Option<String> {
+        self.news.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn tell(&self, news: String) {
+        *self.news.lock().unwrap_or_else(PoisonError::into_inner) = Some(news);
+    }
 }
 
 /// What a client does while others come first: hears how many when that changes, else `None` from
@@ -95,22 +106,14 @@ pub fn connect(
         Connection { name: url.name(), greeting: String::new(), shared, thread: Some(thread) };
     connection.greeting = loop {
         match answer.recv_timeout(QUEUE_TICK) {
-            Ok(News::Waiting(text)) => waits(Some(&text))?,
-            Ok(News::Ended(greeting)) => break greeting?,
-            Err(RecvTimeoutError::Timeout) => waits(None)?,
+            Ok(greeting) => break greeting?,
+            Err(RecvTimeoutError::Timeout) => waits(connection.shared.news().as_deref())?,
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(Error::other("the network thread died"));
             }
         }
     };
     Ok(connection)
-}
-
-/// What the network thread tells the caller of [`connect`].
-enum News {
-    Waiting(String),
-    /// The attempt ended: the worker's greeting, or why there is none.
-    Ended(Result<String>),
 }
 
 impl Connection {
@@ -173,7 +176,7 @@ struct Session {
 }
 
 impl Network {
-    async fn run(self, end: Arc<dyn ClientEnd>, tell: &mpsc::Sender<News>) {
+    async fn run(self, end: Arc<dyn ClientEnd>, tell: &mpsc::Sender<Result<String>>) {
         let silent = || {
             Error::remote(format!(
                 "the worker {name} does not answer within {limit:?}: is `tiny-sd worker` running \
@@ -183,20 +186,20 @@ impl Network {
                 port = self.url.port(),
             ))
         };
-        let welcomed = async {
-            let established = timeout(self.limit, self.establish()).await;
-            self.take_turn(established.unwrap_or_else(|_| Err(silent()))?, tell).await
-        };
-        let welcomed = tokio::select! {
-            welcomed = welcomed => welcomed,
+        let established = tokio::select! {
+            established = timeout(self.limit, self.establish()) => established,
             // The caller does not want it any more.
             () = self.shared.closing.notified() => return,
+        };
+        let welcomed = match established.unwrap_or_else(|_| Err(silent())) {
+            Ok(session) => self.take_turn(session).await,
+            Err(error) => Err(error),
         };
         let session = match welcomed {
             Ok(session) => session,
             Err(error) => {
                 // The caller waits for this.
-                let _ = tell.send(News::Ended(Err(error)));
+                let _ = tell.send(Err(error));
                 return;
             }
         };
@@ -204,7 +207,7 @@ impl Network {
         let error = Error::remote(format!("internal error in the connection to {name}"));
         let mut lost = LostOnce { end: Arc::clone(&end), error };
         let Session { endpoint, connection, send, receive, answer } = session;
-        let _ = tell.send(News::Ended(Ok(answer.text)));
+        let _ = tell.send(Ok(answer.text));
         let ending = self.drive(&end, &connection, send, receive).await;
         let is_closing = self.shared.is_closing.load(Ordering::Acquire);
         // A stream that breaks is mostly the shadow of a connection that does.
@@ -284,27 +287,31 @@ impl Network {
     }
 
     /// Waits while others come first; then the session begins, or not.
-    async fn take_turn(&self, mut session: Session, tell: &mpsc::Sender<News>) -> Result<Session> {
+    async fn take_turn(&self, mut session: Session) -> Result<Session> {
         let name = self.url.name();
         let turn = async {
             while session.answer.status == Status::Wait {
-                // The caller waits for this.
-                let _ = tell.send(News::Waiting(session.answer.text));
+                self.shared.tell(std::mem::take(&mut session.answer.text));
                 session.answer = hear(&mut session.receive)
                     .await
                     .map_err(|ending| self.explain_silence(ending))?;
             }
-            Ok(session)
+            Ok(())
         };
-        let session = timeout(QUEUE_TIMEOUT, turn).await.unwrap_or_else(|_| {
-            let hours = QUEUE_TIMEOUT.as_secs() / 3600;
-            Err(Error::remote(format!("the worker {name} had no place within {hours} h")))
-        })?;
-        if session.answer.status == Status::Welcome {
+        let waited = tokio::select! {
+            waited = timeout(QUEUE_TIMEOUT, turn) => waited.unwrap_or_else(|_| {
+                let hours = QUEUE_TIMEOUT.as_secs() / 3600;
+                Err(Error::remote(format!("the worker {name} had no place within {hours} h")))
+            }),
+            () = self.shared.closing.notified() => Err(Error::interrupted()),
+        };
+        if waited.is_ok() && session.answer.status == Status::Welcome {
             return Ok(session);
         }
+        // So that nobody waits for this client's turn.
         session.connection.close(Code::Done.into(), b"");
         let _ = timeout(CLOSE_TIMEOUT, session.endpoint.wait_idle()).await;
+        waited?;
         Err(session.answer.refusal().context(&name))
     }
 
@@ -431,64 +438,4 @@ async fn handshake(
     let connecting = endpoint.connect_with(config, address, SERVER_NAME);
     let connection = connecting.map_err(|error| unreachable(error.to_string()))?.await?;
     Ok((endpoint, connection))
-}
-
-/// While one buffer is on its way the next is filled, by a thread that may wait for the disk.
-async fn send_one_bulk(
-    connection: quinn::Connection,
-    source: BulkSource,
-    staging: Arc<Staging>,
-) -> Step<()> {
-    let BulkSource { header, len, mut read } = source;
-    if header.len() > MAX_BULK_HEADER_BYTES {
-        return Err(Error::remote(format!("a header of {} bytes", header.len())).into());
-    }
-    let mut stream = connection.open_uni().await?;
-    stream.write_all(&(header.len() as u32).to_le_bytes()).await?;
-    stream.write_all(&header).await?;
-    let (mut sent, mut ready) = (0u64, Bytes::new());
-    loop {
-        let mut loan = Loan { buffer: staging.take(), filled: 0, staging: Arc::clone(&staging) };
-        let filling = blocking(move || {
-            loan.filled = fill(&mut *read, &mut loan.buffer)?;
-            Ok((read, loan))
-        });
-        let writing = async {
-            match std::mem::take(&mut ready) {
-                nothing if nothing.is_empty() => Ok(()),
-                bytes => stream.write_chunk(bytes).await,
-            }
-        };
-        let (filled, written) = tokio::join!(filling, writing);
-        written?;
-        let (next_read, loan) = filled?;
-        read = next_read;
-        if loan.filled == 0 {
-            break;
-        }
-        sent = sent.saturating_add(loan.filled as u64);
-        // Not copied once more, and lent until the worker has it.
-        ready = Bytes::from_owner(loan);
-    }
-    if sent != len {
-        return Err(Error::remote(format!("a transfer of {len} bytes had {sent}")).into());
-    }
-    // Closed already only if the connection is.
-    let _ = stream.finish();
-    Ok(())
-}
-
-/// Fills the buffer, or less only at the end.
-fn fill(
-    read: &mut (dyn FnMut(&mut [u8]) -> Result<usize> + Send),
-    buffer: &mut [u8],
-) -> Result<usize> {
-    let mut filled = 0;
-    while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        match read(rest)? {
-            0 => break,
-            count => filled += count.min(rest.len()),
-        }
-    }
-    Ok(filled)
 }

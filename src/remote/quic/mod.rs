@@ -9,6 +9,7 @@
 //! QUIC limits streams, their number, and the connection; quinn fixes the stream's limit in the
 //! configuration but can raise the other two, so the connection's is the one that holds strangers.
 
+mod bulk;
 pub mod client;
 mod explain;
 pub mod server;

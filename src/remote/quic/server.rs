@@ -364,11 +364,11 @@ impl Worker {
             Entry::Wait(ticket) => Ok(Guest::Waiting(Waiting { worker: Arc::clone(self), ticket })),
             Entry::Busy => {
                 let text = format!(
-                    "{} of {} sessions are in use and {} clients wait; try again later, or start \
-                     it with a larger --max-sessions or --max-waiting",
+                    "{} of {} in use, {} waiting; try again later, or start it with a larger \
+                     --max-sessions or --max-waiting",
                     queue.running(),
-                    self.limits.max_sessions,
-                    queue.waiting(),
+                    count(self.limits.max_sessions, "session"),
+                    count(queue.waiting(), "client"),
                 );
                 Err(at_once(Answer::new(Status::Busy, text)))
             }
@@ -377,7 +377,7 @@ impl Worker {
 
     fn shutting_down(&self) -> Answer {
         let running = lock(&self.queue).running();
-        let text = format!("{running} sessions end first; start it again to connect");
+        let text = format!("first {} must end", count(running, "session"));
         Answer::new(Status::ShuttingDown, text)
     }
 
@@ -404,17 +404,17 @@ impl Worker {
             };
             if told.replace(ahead) != Some(ahead) {
                 let text = format!(
-                    "{ahead} before this client and {} sessions running",
-                    self.limits.max_sessions
+                    "{} before this client, {} running",
+                    count(ahead, "client"),
+                    count(self.limits.max_sessions, "session")
                 );
                 let answer = Answer::new(Status::Wait, text).encode();
-                tokio::select! {
-                    written = send.write_all(&answer) => written.map_err(|_| None)?,
-                    _ = connection.closed() => return Err(None),
-                }
+                // Who does not read must not hold up who comes behind.
+                let written = timeout(FAREWELL_TIMEOUT, send.write_all(&answer)).await;
+                written.map_err(|_| None)?.map_err(|_| None)?;
             }
             tokio::select! {
-                // The senders live as long as the worker, which is here.
+                // An error would mean that the worker is gone, and its endpoint with it.
                 _ = moved.changed() => {}
                 _ = phases.changed() => {}
                 _ = connection.closed() => return Err(None),
@@ -462,14 +462,20 @@ impl Worker {
         tracing::info!(number, %address, running, "session begins");
         let session = Session { number, end, wake, connection };
         let welcome = Answer::new(Status::Welcome, text).encode();
-        let ending = match send.write_all(&welcome).await {
-            Ok(()) => session.drive(self.limits.idle_timeout, &mut send, receive).await,
-            Err(error) => error.into(),
+        let ending = match timeout(FAREWELL_TIMEOUT, send.write_all(&welcome)).await {
+            Ok(Ok(())) => session.drive(self.limits.idle_timeout, &mut send, receive).await,
+            Ok(Err(error)) => error.into(),
+            Err(_) => Error::remote("the client does not read its welcome").into(),
         };
         tracing::info!(number, %address, reason = reason(&ending), "session ends");
         session.part(ending, send).await;
         drop(place);
     }
+}
+
+/// `1 session`, `2 sessions`.
+fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
