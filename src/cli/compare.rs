@@ -118,17 +118,16 @@ pub fn compare(compare: &CompareJob) -> Result<ExitCode> {
     let (folder, variant) = painter::model(job, &display)?;
     let devices = [whole("--device", &job.device)?, whole("--against", against)?];
     let threads = job.threads.map_or(0, usize::from);
-    let open = |plan| Places::open(plan, threads, &display);
-    let [first, second] = [open(&devices[0])?, open(&devices[1])?];
+    let first = Places::open(&devices[0], threads, false, &display)?;
+    let second = Places::open(&devices[1], threads, first.hold_a_worker(), &display)?;
     let watch = Watch { display: &display, stage: Mutex::new(Stage::Loading) };
     let run = Run { job, devices: &devices, folder, variant, watch };
     let ([a, _, _], [b, _, _]) = (first.stages.clone(), second.stages.clone());
-    let outcome = a.on(WithFirst { second: b, run: &run });
+    let outcome = a.on(WithFirst { second: b, run: &run })?;
     if job.stats {
         let lines = [first.statistics(), second.statistics()].concat();
         lines.into_iter().for_each(|line| display.line(line));
     }
-    let outcome = outcome?;
     let (text, code) = match outcome {
         Outcome::Same(text) => (text, ExitCode::SUCCESS),
         Outcome::Differs(text) => (text, ExitCode::FAILURE),
@@ -203,11 +202,13 @@ impl Run<'_> {
         let painted = self.paint(&device);
         let found = device.findings();
         match (painted, &found.divergence) {
-            (Ok(()), _) => {
+            (Ok(()), None) => {
                 Ok(Outcome::Same(format!("{}: no op differs\n{}\n", self.title(), counts(&found))))
             }
             (Err(error), None) => Err(error),
-            (Err(error), Some(divergence)) => {
+            (painted, Some(divergence)) => {
+                // A difference is told, whatever became of the picture.
+                let error = painted.err().unwrap_or_else(Error::interrupted);
                 let place = self.watch.place(&error, found.marks);
                 Ok(Outcome::Differs(differs(&self.title(), &place, divergence, &found)))
             }

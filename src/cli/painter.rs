@@ -23,7 +23,7 @@ use crate::weights::{Component, ModelFolder, Variant, choose, config_files, json
 pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
     let (folder, variant) = model(job, progress)?;
     let threads = job.threads.map_or(0, usize::from);
-    let places = Places::open(&job.device.resolve()?, threads, progress)?;
+    let places = Places::open(&job.device.resolve()?, threads, false, progress)?;
     let [text, unet, vae] = places.stages.clone();
     let watch = places.watch(progress, job.stats);
     watch.begin(Some("load"));

@@ -48,29 +48,34 @@ pub(super) struct Places {
 
 impl Places {
     /// Opens the devices of a plan that is resolved; `threads` are the processor's, 0 for one for
-    /// each core.
+    /// each core. A run that `holds_another` worker's session already does not wait for one here.
     ///
     /// # Errors
     /// If a device is not there.
-    pub fn open<'a>(plan: &'a DevicePlan, threads: usize, progress: &dyn Progress) -> Result<Self> {
+    pub fn open<'a>(
+        plan: &'a DevicePlan,
+        threads: usize,
+        holds_another: bool,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
         let mut opened: Vec<(&'a DeviceSpec, Place)> = Vec::new();
         let mut links = Vec::new();
         let mut open = |spec: &'a DeviceSpec| -> Result<Place> {
             if let Some((_, place)) = opened.iter().find(|(known, _)| *known == spec) {
                 return Ok(place.clone());
             }
-            let mut linked = |link: Link| {
-                let device = link.device();
-                links.push(link);
-                Place::Remote(device)
-            };
-            let place = match spec {
-                DeviceSpec::Remote(url) => linked(Link::open(url, progress)?),
-                DeviceSpec::Mock => linked(Link::mock(threads, progress)?),
-                DeviceSpec::Auto | DeviceSpec::Cpu => {
-                    Place::Cpu(cpu::Device::with_threads(threads)?)
+            let link = match spec {
+                DeviceSpec::Remote(url) => {
+                    Some(Link::open(url, holds_another || !links.is_empty(), progress)?)
                 }
+                DeviceSpec::Mock => Some(Link::mock(threads, progress)?),
+                DeviceSpec::Auto | DeviceSpec::Cpu => None,
             };
+            let place = match &link {
+                Some(link) => Place::Remote(link.device()),
+                None => Place::Cpu(cpu::Device::with_threads(threads)?),
+            };
+            links.extend(link);
             opened.push((spec, place.clone()));
             Ok(place)
         };
@@ -81,6 +86,11 @@ impl Places {
 }
 
 impl Places {
+    /// Whether there is a worker among them.
+    pub fn hold_a_worker(&self) -> bool {
+        !self.links.is_empty()
+    }
+
     /// What the sessions with workers did so far, as lines.
     pub fn statistics(&self) -> Vec<String> {
         self.links.iter().flat_map(Link::statistics).collect()

@@ -25,15 +25,16 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Connects to the worker of `url`.
+    /// Connects to the worker of `url`. If all its sessions are in use, waits for a turn, unless
+    /// this run `holds_another` worker's: two runs that waited so could wait for each other.
     ///
     /// # Errors
     /// If it is not there, is not the one that was meant, or refuses.
-    pub fn open(url: &PairingUrl, progress: &dyn Progress) -> Result<Self> {
+    pub fn open(url: &PairingUrl, holds_another: bool, progress: &dyn Progress) -> Result<Self> {
         if let Some(warning) = url.warning() {
             progress.report(Event::Warning(warning));
         }
-        Self::with(url, None, progress)
+        Self::with(url, None, holds_another, progress)
     }
 
     /// Starts a worker inside of this process and connects to it.
@@ -45,15 +46,27 @@ impl Link {
         let server = start_mock(threads, &identity)?;
         let urls = pairing_urls(server.local_addr(), &identity);
         let url = urls.first().ok_or_else(|| Error::other("the worker has no address"))?;
-        Self::with(url, Some(server), progress)
+        Self::with(url, Some(server), false, progress)
     }
 
-    fn with(url: &PairingUrl, mock: Option<Server>, progress: &dyn Progress) -> Result<Self> {
+    fn with(
+        url: &PairingUrl,
+        mock: Option<Server>,
+        holds_another: bool,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
         let session = Session::new(url.name());
         let hello = Hello { version: PROTOCOL_VERSION, schema: schema() };
         let worker = format!("quic://{}", url.name());
         let mut waits = |position: Option<&str>| {
             if let Some(position) = position {
+                if holds_another {
+                    return Err(Error::remote(format!(
+                        "{worker} is busy ({position}), and a run that has a session of a worker \
+                         already waits for no other; try again later, or start that one with a \
+                         larger --max-sessions"
+                    )));
+                }
                 progress.report(Event::Queued { worker: &worker, position });
             }
             progress.check()
@@ -83,7 +96,7 @@ impl Link {
         let found = self.session.statistics();
         let mut lines = vec![format!(
             "worker {}: {} ops there, {} calls sent, {} programs replayed, {} round trips, \
-             {} bytes up, {} bytes of weights up, {} bytes down, memory {} MB",
+             {} bytes up, {} bytes of weights up, {} bytes down, {} MB of buffers at most",
             self.session.name(),
             found.worker.ops,
             found.calls,
@@ -92,7 +105,7 @@ impl Link {
             found.bytes_up,
             found.weight_bytes_up,
             found.bytes_down,
-            found.worker.memory_bytes >> 20,
+            found.worker.peak_bytes >> 20,
         )];
         if !stages.is_empty() {
             lines.push(row([
@@ -108,7 +121,9 @@ impl Link {
                 "wire ms",
             ]));
         }
-        lines.extend(stages.iter().map(stage_line));
+        // A stage that is elsewhere is none of this worker's.
+        let here = stages.iter().filter(|stage| stage.statistics.worker.ops > 0);
+        lines.extend(here.map(stage_line));
         lines
     }
 }

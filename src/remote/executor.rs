@@ -46,7 +46,7 @@ pub trait Arrivals: Send + Sync {
 pub struct Shared<B: Backend> {
     device: B::Device,
     pub(super) weights: Weights<B>,
-    turns: Turns,
+    pub(super) turns: Turns,
 }
 
 impl<B: Backend> Shared<B> {
@@ -169,6 +169,7 @@ impl<B: Backend> Executor<B> {
             queued_us: queued.as_micros() as u64,
             idle_us: idle.as_micros() as u64,
             memory_bytes: self.heap.used_bytes(),
+            peak_bytes: self.heap.peak_bytes(),
             ..self.progress
         }
     }

@@ -111,6 +111,8 @@ impl Hasher for Mixed {
 pub struct Heap<B> {
     slots: HashMap<Id, Slot<B>, BuildHasherDefault<Mixed>>,
     used: Arc<AtomicU64>,
+    /// The most that was in use.
+    peak: AtomicU64,
     max_bytes: u64,
     max_buffers: usize,
 }
@@ -118,12 +120,18 @@ pub struct Heap<B> {
 impl<B: Backend> Heap<B> {
     /// An empty heap that may grow to `max_bytes` in `max_buffers` buffers.
     pub fn new(max_bytes: u64, max_buffers: usize) -> Self {
-        Self { slots: HashMap::default(), used: Arc::default(), max_bytes, max_buffers }
+        let (slots, used, peak) = Default::default();
+        Self { slots, used, peak, max_bytes, max_buffers }
     }
 
     /// Bytes in use, those that only programs hold included.
     pub fn used_bytes(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
+    }
+
+    /// The most bytes that were in use at once.
+    pub fn peak_bytes(&self) -> u64 {
+        self.peak.load(Ordering::Relaxed)
     }
 
     /// What stands under `id`.
@@ -192,7 +200,10 @@ impl<B: Backend> Heap<B> {
     /// A buffer that this session pays for.
     pub fn charge(&self, storage: B, meta: Meta) -> Arc<Buffer<B>> {
         let bytes = bytes(&meta);
-        self.used.fetch_add(bytes, Ordering::Relaxed);
+        let used = self.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if used > self.peak.load(Ordering::Relaxed) {
+            self.peak.store(used, Ordering::Relaxed);
+        }
         let charge = Some(Charge { bytes, total: self.used.clone() });
         Arc::new(Buffer { storage, meta, _charge: charge })
     }

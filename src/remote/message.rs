@@ -78,6 +78,8 @@ pub struct Progress {
     pub idle_us: u64,
     /// Bytes of this session's buffers.
     pub memory_bytes: u64,
+    /// The most that they took at once, in bytes.
+    pub peak_bytes: u64,
 }
 
 // Calls begin with their opcode, so these lie above all opcodes.
@@ -274,8 +276,16 @@ impl Reply {
             }
             Reply::Done(progress) => {
                 out.push(3);
-                let Progress { ops, replays, busy_us, queued_us, idle_us, memory_bytes } = progress;
-                [ops, replays, busy_us, queued_us, idle_us, memory_bytes]
+                let Progress {
+                    ops,
+                    replays,
+                    busy_us,
+                    queued_us,
+                    idle_us,
+                    memory_bytes,
+                    peak_bytes,
+                } = progress;
+                [ops, replays, busy_us, queued_us, idle_us, memory_bytes, peak_bytes]
                     .iter()
                     .for_each(|n| n.put(out));
             }
@@ -310,6 +320,7 @@ impl Reply {
                     queued_us: number()?,
                     idle_us: number()?,
                     memory_bytes: number()?,
+                    peak_bytes: number()?,
                 })
             }
             4 => {

@@ -94,6 +94,7 @@ fn every_reply_comes_back_from_its_bytes_and_texts_are_harmless() -> Result<()> 
         queued_us: 7,
         idle_us: 4,
         memory_bytes: u64::MAX,
+        peak_bytes: 5,
     };
     for reply in [
         Reply::Data { bytes: vec![1, 2, 3], is_last: false },

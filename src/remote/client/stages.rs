@@ -131,7 +131,8 @@ impl Statistics {
         add(bytes_down, later.bytes_down, earlier.bytes_down);
         add(bulk_bytes_up, later.bulk_bytes_up, earlier.bulk_bytes_up);
         add(weight_bytes_up, later.weight_bytes_up, earlier.weight_bytes_up);
-        let Progress { ops, replays, busy_us, queued_us, idle_us, memory_bytes } = worker;
+        let Progress { ops, replays, busy_us, queued_us, idle_us, memory_bytes, peak_bytes } =
+            worker;
         let (later, earlier) = (&later.worker, &earlier.worker);
         add(ops, later.ops, earlier.ops);
         add(replays, later.replays, earlier.replays);
@@ -139,6 +140,7 @@ impl Statistics {
         add(queued_us, later.queued_us, earlier.queued_us);
         add(idle_us, later.idle_us, earlier.idle_us);
         *memory_bytes = (*memory_bytes).max(later.memory_bytes);
+        *peak_bytes = (*peak_bytes).max(later.peak_bytes);
     }
 }
 
