@@ -239,7 +239,9 @@ impl Session {
             let ticket = self.request(&Message::Probe(part.to_vec()), 0)?;
             match self.wait(ticket)? {
                 Answer::Present(answer) if answer.len() == part.len() => present.extend(answer),
-                _ => return Err(self.confused()),
+                Answer::Present(_) | Answer::Data(_) | Answer::Done(_) => {
+                    return Err(self.confused());
+                }
             }
         }
         Ok(present)
@@ -423,5 +425,67 @@ impl ClientEnd for Session {
         state.failure.get_or_insert(error);
         state.bulk.clear();
         self.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use candle_core::DType;
+
+    use super::*;
+
+    fn zeros(session: &Session) -> Id {
+        let op = Op::Zeros { dtype: DType::F32, dims: vec![2, 3] };
+        session.call(Call { op, args: vec![] }).unwrap()
+    }
+
+    #[test]
+    fn small_ops_are_gathered_and_a_request_is_not_held_back() {
+        let session = Session::new("nobody");
+        let wakes = Arc::new(AtomicUsize::new(0));
+        let counted = wakes.clone();
+        session.set_waker(Box::new(move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+        }));
+        let woken = || wakes.swap(0, Ordering::Relaxed);
+        woken();
+        let id = zeros(&session);
+        zeros(&session);
+        assert!(!session.is_due() && woken() == 1, "the first begins the wait, alone");
+        let _read = session.read(id, 24).unwrap();
+        assert!(session.is_due() && woken() == 1, "a read ends it");
+        zeros(&session);
+        assert!(session.is_due() && woken() == 0, "what follows goes with it");
+        while session.next_frame().is_some() {}
+        zeros(&session);
+        assert!(!session.is_due() && woken() == 1);
+        while !session.is_due() {
+            zeros(&session);
+        }
+        assert_eq!(woken(), 1, "enough ends it as well");
+        let frame = session.next_frame().unwrap();
+        assert!((GATHERED_BYTES..GATHERED_BYTES + 100).contains(&frame.len()), "{}", frame.len());
+    }
+
+    #[test]
+    fn a_session_is_settled_when_its_last_request_was_answered_and_nothing_was_said_since() {
+        let session = Session::new("nobody");
+        let answer = |reply: Reply| {
+            let mut bytes = Vec::new();
+            reply.put(&mut bytes);
+            session.received(&bytes).unwrap();
+        };
+        zeros(&session);
+        assert!(!session.is_settled());
+        let _mark = session.mark().unwrap();
+        assert!(!session.is_settled());
+        answer(Reply::Done(Progress::default()));
+        assert!(session.is_settled());
+        session.free(Id(0));
+        assert!(session.is_settled(), "frees go with the session");
+        zeros(&session);
+        assert!(!session.is_settled());
     }
 }

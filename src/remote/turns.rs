@@ -61,9 +61,18 @@ impl Drop for Turn<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::sync::mpsc::channel;
 
+    use candle_core::DType;
+
     use super::*;
+    use crate::backend::cpu;
+    use crate::error::{Error, Result};
+    use crate::remote::disk_library::{self, DiskLibrary};
+    use crate::remote::executor::{Arrivals, Executor, Limits, Shared};
+    use crate::remote::message::{Message, Reply};
+    use crate::remote::op::{Call, Id, Op};
 
     #[test]
     fn one_at_a_time_and_all_get_their_turns() {
@@ -118,5 +127,52 @@ mod tests {
         }));
         assert!(panic.is_err());
         assert_eq!(turns.take().waited, Duration::ZERO);
+    }
+
+    struct Nothing;
+
+    impl Arrivals for Nothing {
+        fn take(&self, _: u64) -> Result<Vec<u8>> {
+            Err(Error::other("nothing arrives"))
+        }
+    }
+
+    #[test]
+    fn an_op_waits_for_its_sessions_turn_and_says_how_long() {
+        let device = cpu::Device::with_threads(1).unwrap();
+        let shared = Arc::new(Shared::<cpu::Storage>::new(device, 1 << 20));
+        let library = DiskLibrary::in_memory(disk_library::Limits::new(1 << 20)).session();
+        let limits = Limits { memory_bytes: 1 << 20, buffers: 10 };
+        let mut executor = Executor::new(shared.clone(), library, Arc::new(Nothing), limits);
+        let queued_us = |executor: &mut Executor<cpu::Storage>, id| {
+            let op = Op::Zeros { dtype: DType::F32, dims: vec![1] };
+            let call = Message::Call(Call { op, args: vec![] });
+            executor.run(Id(id), call, &mut |_| Ok(())).unwrap();
+            let mut queued_us = None;
+            let mut reply = |reply| {
+                if let Reply::Done(progress) = reply {
+                    queued_us = Some(progress.queued_us);
+                }
+                Ok(())
+            };
+            executor.run(Id(id + 1), Message::Mark, &mut reply).unwrap();
+            queued_us.unwrap()
+        };
+        assert_eq!(queued_us(&mut executor, 0), 0);
+        let held = shared.turns.take();
+        let waited = std::thread::scope(|scope| {
+            let running = scope.spawn(|| queued_us(&mut executor, 1));
+            // The op has asked for a turn; it is not its own for at least this long.
+            while shared.turns.next.load(Ordering::SeqCst) < 3 {
+                std::thread::yield_now();
+            }
+            let asked = Instant::now();
+            while asked.elapsed() < Duration::from_millis(2) {
+                std::thread::yield_now();
+            }
+            drop(held);
+            running.join().unwrap()
+        });
+        assert!(waited >= 2000, "{waited} us");
     }
 }

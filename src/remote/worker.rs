@@ -21,7 +21,8 @@ use crate::error::{Error, Result};
 
 /// Frames that wait to be run before the network stops reading.
 const MAX_QUEUED_FRAMES: usize = 64;
-/// Messages in them: one may be of one byte, but takes a hundred once it is decoded.
+/// Messages in them and operands of these: each may be of a few bytes, but takes more than a
+/// hundred once it is decoded.
 const MAX_QUEUED_MESSAGES: usize = 64 << 10;
 /// Bytes of replies that wait to be sent before ops wait too.
 const MAX_REPLY_BYTES: usize = 8 << 20;
@@ -99,7 +100,7 @@ struct Session {
 #[derive(Default)]
 struct State {
     queue: VecDeque<Vec<(Id, Message)>>,
-    /// In the queue.
+    /// Messages in the queue, and their operands.
     messages: usize,
     replies: Outbox,
     is_running: bool,
@@ -112,13 +113,13 @@ impl State {
     }
 
     fn push(&mut self, frame: Vec<(Id, Message)>) {
-        self.messages += frame.len();
+        self.messages += weight(&frame);
         self.queue.push_back(frame);
     }
 
     fn pop(&mut self) -> Option<Vec<(Id, Message)>> {
         let frame = self.queue.pop_front()?;
-        self.messages -= frame.len();
+        self.messages -= weight(&frame);
         Some(frame)
     }
 
@@ -127,6 +128,22 @@ impl State {
         self.queue.clear();
         self.messages = 0;
     }
+}
+
+/// Messages and their operands, which have layouts of their own.
+fn weight(frame: &[(Id, Message)]) -> usize {
+    let of = |message: &Message| match message {
+        Message::Call(call) => 1 + call.args.len(),
+        Message::BeginProgram { inputs, .. } | Message::Replay { inputs, .. } => 1 + inputs.len(),
+        Message::EndProgram { outputs } => 1 + outputs.len(),
+        Message::Probe(digests) => 1 + digests.len(),
+        Message::Free(_)
+        | Message::Read(_)
+        | Message::Mark
+        | Message::AbortProgram
+        | Message::DropProgram { .. } => 1,
+    };
+    frame.iter().map(|(_, message)| of(message)).sum()
 }
 
 impl Session {
@@ -461,6 +478,11 @@ mod tests {
         let message_bytes = size_of::<(Id, Message)>();
         let most = MAX_QUEUED_MESSAGES + super::super::transport::MAX_FRAME_BYTES;
         assert!(most * message_bytes <= 48 << 20, "{message_bytes} bytes a message");
+        let args = vec![Operand { id: Id(0), layout: None }; 63];
+        let call = Message::Call(Call { op: Op::Unary(Unary::Exp), args });
+        let mut state = State::default();
+        state.push(vec![(Id(0), call); MAX_QUEUED_MESSAGES / 64]);
+        assert!(state.is_full(), "operands count");
         for (len, frames) in [(1, MAX_QUEUED_FRAMES), (MAX_QUEUED_MESSAGES / 2, 2), (200_000, 1)] {
             let mut state = State::default();
             while !state.is_full() {
