@@ -118,6 +118,9 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         observe: &mut dyn FnMut(&Tensor<U>) -> Result<()>,
     ) -> Result<Tensor<U>> {
         let size = self.latent_size(request.size)?;
+        if request.preview_every.is_some() {
+            preview::check(self.unet.config.in_channels)?;
+        }
         let plan = self.scheduler.plan(request.steps)?;
         let guidance = Guidance::new(request.guidance_scale);
         let embeddings = self.encode(request, guidance, progress)?; // (1 or 2, 77, hidden)

@@ -121,7 +121,7 @@ pub(super) struct Args {
     pub quiet: bool,
 
     /// Print what remote devices did in each stage: ops, bytes, round trips, time
-    #[arg(long)]
+    #[arg(long, conflicts_with = "quiet")]
     pub stats: bool,
 
     /// Print the settings and how long each stage took

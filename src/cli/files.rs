@@ -21,6 +21,23 @@ const MAX_LINKS: usize = 40;
 /// Held while a temporary file exists.
 static TEMPORARY_FILE: Mutex<()> = Mutex::new(());
 
+/// A file that goes with the run, if there is one.
+static PASSING_FILE: Mutex<Option<PathBuf>> = Mutex::new(None);
+
+/// Names the file that goes with the run, or none; gives the one before.
+pub(super) fn set_passing_file(path: Option<PathBuf>) -> Option<PathBuf> {
+    let mut passing = PASSING_FILE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    std::mem::replace(&mut *passing, path)
+}
+
+/// Removes the file that goes with the run.
+pub(super) fn remove_passing_file() {
+    if let Some(path) = set_passing_file(None) {
+        // Whoever removed it before wanted the same.
+        let _ = fs::remove_file(path);
+    }
+}
+
 /// Waits until no temporary file exists, and lets none be made while the guard lives.
 pub(super) fn no_temporary_file() -> MutexGuard<'static, ()> {
     // A panic elsewhere has unwound its temporary file away.

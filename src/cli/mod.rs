@@ -85,10 +85,10 @@ pub fn report(error: &Error) -> u8 {
 }
 
 /// A pairing URL's token must not reach a terminal or a log, whatever a message quotes: of each
-/// `quic://TOKEN@` only the ends are kept. Where the `@` was cut off, all up to the next space
-/// goes.
+/// `quic://TOKEN@` only the ends are kept, whatever the scheme was typed as. Where the `@` was cut
+/// off, all up to the next space goes.
 fn without_secrets(text: &str) -> String {
-    const SCHEME: &str = "quic://";
+    const SCHEME: &str = "://";
     // So many hexadecimal digits are no host's name, but a cut token.
     const TOKEN_LIKE: usize = 12;
     let mut clean = String::new();
@@ -131,6 +131,8 @@ mod tests {
             format!("quote it: \"a fox quic://{token}@h:1\""),
             "quote it: \"a fox quic://***@h:1\"",
         );
+        check(format!("got 'http://{token}@h:1'"), "got 'http://***@h:1'");
+        check("see https://rustup.rs".into(), "see https://rustup.rs");
         check(format!("quic://{token} and quic://{token}@h"), "quic://***@ and quic://***@h");
         check(format!("quote it: quic://{}", &token[..20]), "quote it: quic://***@");
         check("one of cpu, quic://… or mock".into(), "one of cpu, quic://… or mock");

@@ -1,7 +1,7 @@
 //! `--preview`: approximate pictures in a file beside the output, while the picture is being made.
 //! Separate from the display because these are files: they appear whole, and go at the end.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use super::files;
@@ -35,15 +35,9 @@ impl<'a> Previews<'a> {
         let Some(place) = &*target else { return Ok(()) };
         let png = picture.enlarged(self.size)?.to_plain_png()?;
         let path = files::write(place, &png)?;
+        files::set_passing_file(path.clone());
         *target = path.map(Target::Replace);
         Ok(())
-    }
-
-    fn written(&self) -> Option<PathBuf> {
-        match &*self.target.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(Target::Replace(path)) => Some(path.clone()),
-            Some(Target::Fresh(_) | Target::Stdout) | None => None,
-        }
     }
 }
 
@@ -65,10 +59,7 @@ impl Progress for Previews<'_> {
 
 impl Drop for Previews<'_> {
     fn drop(&mut self) {
-        if let Some(path) = self.written() {
-            // Whoever removed it before wanted the same.
-            let _ = std::fs::remove_file(path);
-        }
+        files::remove_passing_file();
     }
 }
 

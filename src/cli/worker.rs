@@ -67,7 +67,8 @@ pub struct WorkerJob {
     #[arg(long, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
 
-    /// Size of that folder at most; the least recently used weights go first
+    /// Size of that folder at most, or of memory where it cannot be written; the least recently
+    /// used weights go first
     #[arg(long, value_name = "SIZE", default_value = "20G")]
     pub cache_size: Bytes,
 
@@ -92,7 +93,8 @@ Examples:
                                                     any free port; the URL is secret
   tiny-sd \"a fox\" --device @url.txt                 a client, whose token does not show in ps
 
-Exit codes: 0 ended as asked, 1 a file or the network that cannot be used, 2 a wrong command line.
+Exit codes: 0 ended as asked, 2 a wrong command line or something it names that cannot be used (an
+address, the token file), 1 anything else.
 
 SIGTERM or Ctrl-C ends it when the running sessions have ended, a second one at once.";
 

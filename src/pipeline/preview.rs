@@ -17,6 +17,19 @@ const CHANNEL_COLOURS: [[f64; 3]; 4] = [
     [-0.2120, -0.2616, -0.7177],
 ];
 
+/// Whether latents of so many channels have colours.
+///
+/// # Errors
+/// If not.
+pub(super) fn check(channels: usize) -> Result<()> {
+    match channels == CHANNEL_COLOURS.len() {
+        true => Ok(()),
+        false => Err(Error::usage(format!(
+            "--preview: latents of {channels} channels have no known colours; leave it out"
+        ))),
+    }
+}
+
 /// A preview on its way from the device.
 pub(super) struct Preview {
     reading: Reading<u8>,
@@ -30,11 +43,7 @@ impl Preview {
     /// If the latents have another number of channels, or the device is gone.
     pub fn begin<B: Backend>(latents: &Tensor<B>) -> Result<Self> {
         let [_, channels, height, width] = latents.dims_exact()?;
-        if channels != CHANNEL_COLOURS.len() {
-            return Err(Error::usage(format!(
-                "--preview: latents of {channels} channels have no known colours; leave it out"
-            )));
-        }
+        check(channels)?;
         let latents = latents.to_dtype(DType::F32)?;
         let channels = latents.chunk(channels, 1)?; // (1, 1, height, width) each
         let colour = |colour: usize| {

@@ -17,6 +17,8 @@ use crate::backend::host::{FileStamp, Origin};
 
 /// Bytes of one file: 65,536 tensors.
 const MAX_FILE_LEN: u64 = 16 << 20;
+/// Of the code that casts: other bits have other digests.
+const CAST_VERSION: u32 = 1;
 /// Bytes of a key and of a digest.
 const DIGEST_LEN: usize = 32;
 
@@ -73,6 +75,14 @@ impl Digests {
                 // Without it the next run takes longer, no more.
                 let _ = self.save(file, &known);
             }
+        }
+    }
+
+    /// Forgets what is known of these tensors' files: a worker found other bytes.
+    pub fn forget(&self, tensors: &[(&HostTensor, DType)]) {
+        for file in by_file(tensors).into_keys() {
+            // What cannot be removed cannot be written either, and is found wrong again.
+            let _ = std::fs::remove_file(self.path(file));
         }
     }
 
@@ -143,7 +153,7 @@ fn key(tensor: &HostTensor, origin: &Origin, cast: DType) -> [u8; DIGEST_LEN] {
     let (dims, stride, start) = (layout.dims(), layout.stride(), layout.start_offset());
     hasher.update(format!("{dtype} {offset} {dims:?} {stride:?} {start}").as_bytes());
     if cast != tensor.dtype() {
-        hasher.update(format!(" as {}", cast.as_str()).as_bytes());
+        hasher.update(format!(" as {}, {CAST_VERSION}", cast.as_str()).as_bytes());
     }
     *hasher.finalize().as_bytes()
 }
@@ -203,6 +213,10 @@ mod tests {
         assert_eq!(known(), [None, None]);
         digests.keep(&both, later);
         assert_eq!(known(), expected);
+        // A worker found that they are wrong.
+        digests.forget(&both);
+        assert_eq!(known(), [None, None]);
+        digests.keep(&both, later);
         // The file is replaced by another of the same size.
         std::fs::write(folder.path().join("new"), (1..49).collect::<Vec<u8>>()).unwrap();
         std::fs::rename(folder.path().join("new"), &path).unwrap();

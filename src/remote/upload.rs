@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use candle_core::DType;
 use rayon::prelude::*;
 
 use super::client::Session;
@@ -16,7 +17,7 @@ use super::wire::Wire;
 use super::wire_form::WireForm;
 use crate::backend::HostTensor;
 use crate::backend::gather::Gather;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 
 /// Told the bytes of weights that were sent, and how many there are to send; 0 of 0 while that is
 /// not known.
@@ -56,7 +57,12 @@ impl Uploads {
     ) -> Result<()> {
         self.hash(weights, progress)?;
         let flow = self.send(session, weights)?;
-        flow.wait(session, progress)
+        flow.wait(session, progress).inspect_err(|error| {
+            // Should a remembered digest be to blame, the next run computes it anew.
+            if let Some(digests) = self.digests.as_ref().filter(|_| error.kind() == Kind::Remote) {
+                digests.forget(&stored(weights));
+            }
+        })
     }
 
     /// As [`announce`](Self::announce) for one weight, if that was not done, but does not wait
@@ -75,8 +81,7 @@ impl Uploads {
     /// Computes the digests that no earlier run has computed.
     fn hash(&self, weights: &[WireForm], progress: Progress<'_>) -> Result<()> {
         let now = SystemTime::now();
-        let tensors: Vec<_> =
-            weights.iter().map(|weight| (weight.stored(), weight.dtype())).collect();
+        let tensors = stored(weights);
         if let Some(digests) = &self.digests {
             digests.recall(&tensors);
         }
@@ -130,6 +135,11 @@ impl Uploads {
     fn known(&self) -> MutexGuard<'_, HashSet<Digest>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The tensors, each with its dtype on the wire.
+fn stored(weights: &[WireForm]) -> Vec<(&HostTensor, DType)> {
+    weights.iter().map(|weight| (weight.stored(), weight.dtype())).collect()
 }
 
 /// Transfers that somebody waits for together.
@@ -268,7 +278,7 @@ impl RowMajor {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Layout};
+    use candle_core::Layout;
 
     use super::*;
 
