@@ -230,7 +230,9 @@ fn check_name(host: &str) -> Result<()> {
     if host.is_empty() {
         return Err(wrong("has no host"));
     }
-    if host.len() > 253 || !host.bytes().all(is_name) {
+    // A label has at most 63 letters, so that a token is no name.
+    let is_short = host.len() <= 253 && host.split('.').all(|label| label.len() <= 63);
+    if !is_short || !host.bytes().all(is_name) {
         return Err(wrong(&format!("has a host {host:?} that is neither a name nor an address")));
     }
     Ok(())
@@ -251,8 +253,27 @@ fn parse_query(query: &str) -> Result<Fingerprint> {
     fingerprint.ok_or_else(|| wrong("has no ?cert= part"))
 }
 
+/// `what` may quote a part of the URL, in which the token may have landed by a typing error.
 fn wrong(what: &str) -> Error {
+    let what = without_tokens(what);
     Error::usage(format!("the pairing URL {what}; it looks like {SHAPE}, as the worker prints it"))
+}
+
+/// The text with its long runs of hexadecimal digits left out.
+fn without_tokens(text: &str) -> String {
+    const TOKEN_LIKE: usize = 12;
+    let mut clean = String::new();
+    let mut rest = text;
+    while let Some(start) = rest.find(|c: char| c.is_ascii_hexdigit()) {
+        let (before, from) = rest.split_at(start);
+        let len = from.find(|c: char| !c.is_ascii_hexdigit()).unwrap_or(from.len());
+        let (digits, behind) = from.split_at(len);
+        clean.push_str(before);
+        clean.push_str(if len < TOKEN_LIKE { digits } else { "***" });
+        rest = behind;
+    }
+    clean.push_str(rest);
+    clean
 }
 
 impl fmt::Display for PairingUrl {
@@ -310,6 +331,10 @@ mod tests {
             ("quic://TOKEN@h:1?cert=12", "fingerprint"),
             ("quic://TOKEN@h:1?cert=CERT&cert=CERT", "one cert="),
             ("quic://TOKEN@h:1?key=CERT", "\"key\""),
+            ("quic://TOKEN@h:1?TOKEN", "\"***\" after the ?"),
+            ("quic://TOKEN@h/TOKEN?cert=CERT", "host \"h/***\""),
+            ("quic://TOKEN@TOKEN?cert=CERT", "host \"***\""),
+            ("quic://TOKEN@h:TOKEN?cert=CERT", "port \"***\""),
         ] {
             let message = parse(url).unwrap_err().to_string();
             assert!(message.contains(part), "{url}: {message}");
