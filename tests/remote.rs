@@ -141,6 +141,21 @@ fn what_goes_wrong_on_the_way_is_one_line_and_exit_code_4() {
 }
 
 #[test]
+fn a_run_that_holds_a_worker_does_not_wait_for_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("x.png");
+    let [free, taken] = [(); 2].map(|()| Worker::start_with(&["--max-sessions", "1"]));
+    let url = taken.url.parse::<PairingUrl>().unwrap();
+    let hello = Hello { version: PROTOCOL_VERSION, schema: schema() };
+    let limit = Duration::from_secs(10);
+    let held = connect(&url, Session::new("holds the place"), hello, limit, &mut |_| Ok(()));
+    let device = format!("text={},unet={},vae=cpu", free.url, taken.url);
+    let line = fails(&paint("tiny", &device, &output, &[]));
+    assert!(line.contains("waits for no other") && line.contains("--max-sessions"), "{line}");
+    drop(held);
+}
+
+#[test]
 fn a_client_whose_turn_it_is_not_says_so_and_waits() {
     let folder = tempfile::tempdir().unwrap();
     let worker = Worker::start_with(&["--max-sessions", "1"]);

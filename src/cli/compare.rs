@@ -208,8 +208,7 @@ impl Run<'_> {
             (Err(error), None) => Err(error),
             (painted, Some(divergence)) => {
                 // A difference is told, whatever became of the picture.
-                let error = painted.err().unwrap_or_else(Error::interrupted);
-                let place = self.watch.place(&error, found.marks);
+                let place = self.watch.place(painted.err().as_ref(), found.marks);
                 Ok(Outcome::Differs(differs(&self.title(), &place, divergence, &found)))
             }
         }
@@ -258,9 +257,9 @@ impl Watch<'_> {
         self.stage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where the op was that ended the run by `error`, after so many marks: the pipeline sets one
-    /// behind each step.
-    fn place(&self, error: &Error, marks: u64) -> String {
+    /// Where the op was that ended the run, by `error` if it did, after so many marks: the pipeline
+    /// sets one behind each step.
+    fn place(&self, error: Option<&Error>, marks: u64) -> String {
         let stage = match *self.stage() {
             Stage::Loading => "loading".into(),
             Stage::Text => "the text encoder, or the UNet's keys and values of the text".into(),
@@ -269,7 +268,8 @@ impl Watch<'_> {
             }
             Stage::Decoding => "the VAE's decoder".into(),
         };
-        match error.to_string().strip_suffix(DIFFERS).and_then(|before| before.strip_suffix(": ")) {
+        let text = error.map(Error::to_string).unwrap_or_default();
+        match text.strip_suffix(DIFFERS).and_then(|before| before.strip_suffix(": ")) {
             Some(context) => format!("{stage}: {context}"),
             None => stage,
         }
@@ -373,7 +373,7 @@ mod tests {
         let watch = Watch { display: &display, stage: Mutex::new(Stage::Loading) };
         let differs = || Error::other(DIFFERS);
         let check = |error: Error, marks: u64, expected: &str| {
-            assert_eq!(watch.place(&error, marks), expected);
+            assert_eq!(watch.place(Some(&error), marks), expected);
         };
         let weight = differs().context("loading conv_in.weight").context("unet");
         check(weight, 0, "loading: unet: loading conv_in.weight");

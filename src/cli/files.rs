@@ -24,15 +24,18 @@ static TEMPORARY_FILE: Mutex<()> = Mutex::new(());
 /// A file that goes with the run, if there is one.
 static PASSING_FILE: Mutex<Option<PathBuf>> = Mutex::new(None);
 
-/// Names the file that goes with the run, or none; gives the one before.
-pub(super) fn set_passing_file(path: Option<PathBuf>) -> Option<PathBuf> {
-    let mut passing = PASSING_FILE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    std::mem::replace(&mut *passing, path)
+fn passing_file() -> MutexGuard<'static, Option<PathBuf>> {
+    PASSING_FILE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Names the file that goes with the run, if there is one.
+pub(super) fn set_passing_file(path: Option<PathBuf>) {
+    *passing_file() = path;
 }
 
 /// Removes the file that goes with the run.
 pub(super) fn remove_passing_file() {
-    if let Some(path) = set_passing_file(None) {
+    if let Some(path) = passing_file().take() {
         // Whoever removed it before wanted the same.
         let _ = fs::remove_file(path);
     }

@@ -427,6 +427,7 @@ pub(super) mod tests {
             ("x|-m|./m|--revision|v1", "--revision v1 is for repositories of the hub"),
             ("x|--revision|../x", "letters, digits"),
             ("x|-q|-v", "cannot be used with"),
+            ("x|-q|--stats", "cannot be used with"),
             (&long, "the negative prompt is longer than 65536 bytes"),
         ] {
             let error = parse_words(words, &mut Fake::default()).unwrap_err();
