@@ -5,6 +5,7 @@
 
 mod loading;
 mod preview;
+mod prompts;
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
@@ -18,12 +19,13 @@ use crate::model::unet::TextKeyValues;
 use crate::model::{Decoder, TextEncoder, UNet};
 use crate::progress::{Event, Progress};
 use crate::rng;
-use crate::schedule::{Combination, Plan, Scheduler, SchedulerKind, Source, Step};
+use crate::schedule::{Combination, Plan, Scheduler, SchedulerConfig, SchedulerKind, Source, Step};
 use crate::tensor::{Tensor, program};
 use crate::tokenizer::Tokenizer;
 
 pub use loading::LoadOptions;
 use preview::Preview;
+use prompts::Embeddings;
 
 /// Steps that may be under way on a remote device while the next ones are sent: a far device does
 /// that many in a round trip, so that its speed, not the way to it, is what a picture takes.
@@ -39,8 +41,10 @@ pub struct Pipeline<T: Backend, U: Backend = T, V: Backend = T> {
     pub unet: UNet<U>,
     /// Latents to an image.
     pub vae: Decoder<V>,
-    /// Predictions to latents.
+    /// Predictions to latents, where a request names no other scheduler.
     pub scheduler: Scheduler,
+    scheduler_config: SchedulerConfig,
+    embeddings: Embeddings<T>,
     devices: Placement<T, U, V>,
 }
 
@@ -76,8 +80,19 @@ pub struct PictureRequest<'a> {
     pub guidance_scale: f64,
     /// Height and width in pixels, multiples of the VAE's scale factor.
     pub size: ImageSize,
+    /// Instead of the pipeline's scheduler.
+    pub scheduler: Option<SchedulerKind>,
     /// Every so many steps an approximate picture is shown, if at all.
     pub preview_every: Option<NonZeroUsize>,
+}
+
+impl PictureRequest<'_> {
+    /// Whether both pictures can be made by the same evaluations of the UNet: they may differ in
+    /// their prompts and their seeds.
+    pub fn goes_with(&self, other: &PictureRequest<'_>) -> bool {
+        let &PictureRequest { prompt, negative_prompt, seed, .. } = other;
+        *other == PictureRequest { prompt, negative_prompt, seed, ..*self }
+    }
 }
 
 impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
@@ -87,7 +102,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         ImageSize { height: side, width: side }
     }
 
-    /// The scheduler that pictures are made with.
+    /// The scheduler that pictures are made with where a request names no other.
     pub fn scheduler_kind(&self) -> SchedulerKind {
         self.scheduler.kind()
     }
@@ -97,73 +112,91 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
     /// # Errors
     /// If the settings do not fit the model, the device fails, or the user interrupts.
     pub fn paint(&self, request: &PictureRequest<'_>, progress: &dyn Progress) -> Result<Picture> {
-        let latents = self.latents(request, progress, &mut |_| Ok(()))?;
-        progress.report(Event::Decoding);
-        let latents = latents.to_device::<V>(&self.devices.vae)?;
-        let image = self.vae.forward(&latents)?; // (1, 3, height, width)
-        let rgb = image.pixels()?.to_vec::<u8>()?; // (1, height, width, 3)
-        progress.report(Event::Done);
-        Picture::new(request.size, rgb)
+        let mut pictures = self.paint_together(std::slice::from_ref(request), progress)?;
+        pictures.pop().ok_or_else(|| Error::other("there is no picture"))
     }
 
-    /// The latents (1, channels, height / f, width / f), f32, before they are decoded; `observe`
-    /// sees the first noise and then what each evaluation of the UNet leaves.
+    /// Makes pictures by the same evaluations of the UNet: the very ones that each would be alone.
     ///
     /// # Errors
-    /// As [`paint`](Self::paint), or what `observe` says.
+    /// As [`paint`](Self::paint), or if a picture does not [go with](PictureRequest::goes_with) the
+    /// first one.
+    pub fn paint_together(
+        &self,
+        requests: &[PictureRequest<'_>],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Picture>> {
+        let latents = self.latents(requests, progress, &mut |_| Ok(()))?;
+        progress.report(Event::Decoding);
+        let latents = latents.to_device::<V>(&self.devices.vae)?;
+        // One after another: nothing takes as much memory as a decoder at work.
+        let decode = |index| {
+            progress.check()?;
+            // (1, 3, height, width)
+            let image = self.vae.forward(&latents.narrow(0, index, 1)?)?;
+            image.pixels()?.begin_read() // (1, height, width, 3)
+        };
+        let readings = (0..requests.len()).map(decode).collect::<Result<Vec<_>>>()?;
+        let pictures = requests.iter().zip(readings);
+        let pictures =
+            pictures.map(|(request, pixels)| Picture::new(request.size, pixels.finish()?));
+        let pictures = pictures.collect::<Result<Vec<_>>>()?;
+        progress.report(Event::Done);
+        Ok(pictures)
+    }
+
+    /// The latents (pictures, channels, height / f, width / f), f32, before they are decoded;
+    /// `observe` sees the first noise and then what each evaluation of the UNet leaves.
+    ///
+    /// # Errors
+    /// As [`paint_together`](Self::paint_together), or what `observe` says.
     pub fn latents(
         &self,
-        request: &PictureRequest<'_>,
+        requests: &[PictureRequest<'_>],
         progress: &dyn Progress,
         observe: &mut dyn FnMut(&Tensor<U>) -> Result<()>,
     ) -> Result<Tensor<U>> {
-        let size = self.latent_size(request.size)?;
-        if request.preview_every.is_some() {
+        let [first, rest @ ..] = requests else { return Err(Error::other("no picture")) };
+        if !rest.iter().all(|request| request.goes_with(first)) {
+            return Err(Error::other("pictures of different settings cannot be made together"));
+        }
+        let size = self.latent_size(first.size)?;
+        if first.preview_every.is_some() {
             preview::check(self.unet.config.in_channels)?;
         }
-        let plan = self.scheduler.plan(request.steps)?;
-        let guidance = Guidance::new(request.guidance_scale);
-        let embeddings = self.encode(request, guidance, progress)?; // (1 or 2, 77, hidden)
+        let plan = match first.scheduler {
+            Some(kind) => self.scheduler_config.for_scheduler(kind)?.plan(first.steps)?,
+            None => self.scheduler.plan(first.steps)?,
+        };
+        let guidance = Guidance::new(first.guidance_scale);
+        let embeddings = self.encode(requests, guidance, progress)?; // (passes, 77, hidden)
         let embeddings = embeddings.to_device::<U>(&self.devices.unet)?;
         let text = self.unet.text_key_values(&embeddings)?;
-        let &PictureRequest { seed, preview_every, .. } = request;
-        let denoising = Denoising { size, guidance, text: &text, seed, preview_every };
+        let seeds: Vec<_> = requests.iter().map(|request| request.seed).collect();
+        let preview_every = first.preview_every;
+        let denoising = Denoising { size, guidance, text: &text, seeds: &seeds, preview_every };
         self.denoise(&plan, &denoising, progress, observe)
     }
 
-    /// The text embeddings of the prompt, with guidance after those of the negative prompt.
+    /// The text embeddings of all prompts, with guidance after those of all negative prompts.
     fn encode(
         &self,
-        request: &PictureRequest<'_>,
+        requests: &[PictureRequest<'_>],
         guidance: Guidance,
         progress: &dyn Progress,
     ) -> Result<Tensor<T>> {
-        let prompt = ("prompt", request.prompt);
-        let prompts = match guidance {
-            Guidance::None => vec![prompt],
-            Guidance::Scale(_) => vec![("negative prompt", request.negative_prompt), prompt],
+        let prompts = requests.iter().map(|request| ("prompt", request.prompt));
+        let negative = requests.iter().map(|request| ("negative prompt", request.negative_prompt));
+        let texts: Vec<_> = match guidance {
+            Guidance::None => prompts.collect(),
+            Guidance::Scale(_) => negative.chain(prompts).collect(),
         };
-        let mut ids = Vec::new();
-        for (which, text) in &prompts {
-            let encoding = self.tokenizer.encode(text)?;
-            if let Some(text) = &encoding.truncated {
-                progress.report(Event::Truncated { which, text });
-            }
-            let vocab_size = self.text_encoder.config.vocab_size;
-            if let Some(id) = encoding.ids.iter().find(|id| **id as usize >= vocab_size) {
-                return Err(Error::model(format!(
-                    "the parts of this model do not fit: the tokenizer's id {id} is beyond \
-                     text_encoder's vocab_size {vocab_size}"
-                )));
-            }
-            ids.extend(encoding.ids);
-        }
-        let tokens = ids.len() / prompts.len();
-        let ids = Tensor::from_slice(&ids, (prompts.len(), tokens), &self.devices.text)?;
-        self.text_encoder.forward(&ids) // (1 or 2, 77, hidden)
+        let (tokenizer, text_encoder) = (&self.tokenizer, &self.text_encoder);
+        self.embeddings.of(&texts, tokenizer, text_encoder, &self.devices.text, progress)
     }
 
-    /// Noise to latents (1, channels, height, width) in f32, by the plan's evaluations of the UNet.
+    /// Noise to latents (pictures, channels, height, width) in f32, by the plan's evaluations of
+    /// the UNet.
     fn denoise(
         &self,
         plan: &Plan,
@@ -171,9 +204,9 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         progress: &dyn Progress,
         observe: &mut dyn FnMut(&Tensor<U>) -> Result<()>,
     ) -> Result<Tensor<U>> {
-        let &Denoising { size, guidance, text, seed, preview_every } = denoising;
+        let &Denoising { size, guidance, text, seeds, preview_every } = denoising;
         let shape = [1, self.unet.config.in_channels, size.height, size.width];
-        let mut noise = NoiseStream { seed, drawn: 0 };
+        let mut noise = NoiseStreams { seeds, drawn: 0 };
         let mut sample = noise.draw::<U>(shape, &self.devices.unet)?;
         if plan.init_noise_sigma != 1.0 {
             sample = Tensor::linear_combination(&[(plan.init_noise_sigma, &sample)])?;
@@ -228,14 +261,15 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             self.devices.unet.wait(mark)?;
             let done = sent - marks.len();
             progress.report(Event::Step { done, total });
-            if let Some(preview) = preview {
-                progress.report(Event::Preview { done, picture: &preview.finish()? });
+            let pictures = preview.map(Preview::finish).transpose()?.unwrap_or_default();
+            for (index, picture) in pictures.iter().enumerate() {
+                progress.report(Event::Preview { index, done, picture });
             }
         }
         Ok(())
     }
 
-    /// The UNet's prediction (1, channels, height, width) in f32, guided.
+    /// The UNet's prediction (pictures, channels, height, width) in f32, guided.
     fn predict(
         &self,
         sample: &Tensor<U>,
@@ -248,7 +282,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             input = Tensor::linear_combination(&[(step.input_scale, sample)])?;
         }
         let timestep = Tensor::from_slice(&[step.timestep as f32], 1, &self.devices.unet)?;
-        let [_, channels, height, width] = sample.dims_exact()?;
+        let [pictures, channels, height, width] = sample.dims_exact()?;
         let evaluate = |input: &Tensor<U>| {
             let name = format!("unet {}", self.unet.identity());
             let inputs = [vec![input, &timestep], text.tensors()].concat();
@@ -261,8 +295,13 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         match guidance {
             Guidance::None => evaluate(&input),
             Guidance::Scale(scale) => {
-                let output = evaluate(&input.broadcast_as((2, channels, height, width))?)?;
-                let (without, with) = (output.narrow(0, 0, 1)?, output.narrow(0, 1, 1)?);
+                let input = match pictures {
+                    1 => input.broadcast_as((2, channels, height, width))?,
+                    _ => Tensor::cat(&[&input, &input], 0)?,
+                };
+                let output = evaluate(&input)?; // (2 · pictures, channels, height, width)
+                let (without, with) =
+                    (output.narrow(0, 0, pictures)?, output.narrow(0, pictures, pictures)?);
                 Tensor::linear_combination(&[(1.0 - scale, &without), (scale, &with)])
             }
         }
@@ -280,13 +319,14 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
     }
 }
 
-/// What the steps of one picture have in common.
+/// What the steps of the pictures have in common.
 struct Denoising<'a, B> {
     /// Of the latents.
     size: Size2d,
     guidance: Guidance,
     text: &'a TextKeyValues<B>,
-    seed: u64,
+    /// Of each picture.
+    seeds: &'a [u64],
     preview_every: Option<NonZeroUsize>,
 }
 
@@ -305,18 +345,24 @@ impl Guidance {
     }
 }
 
-/// torch's noise in the order in which diffusers draws it.
-struct NoiseStream {
-    seed: u64,
-    /// 32-bit outputs of the generator so far.
+/// torch's noise in the order in which diffusers draws it, from a generator for each picture.
+struct NoiseStreams<'a> {
+    seeds: &'a [u64],
+    /// 32-bit outputs of each generator so far.
     drawn: u64,
 }
 
-impl NoiseStream {
+impl NoiseStreams<'_> {
+    /// (pictures, channels, height, width); `shape` is that of one picture.
     fn draw<B: Backend>(&mut self, shape: [usize; 4], device: &B::Device) -> Result<Tensor<B>> {
-        let noise = Noise { seed: self.seed, skip: self.drawn };
+        let skip = self.drawn;
         self.drawn += rng::outputs_consumed(shape.iter().product());
-        Tensor::randn(noise, shape.to_vec(), DType::F32, device)
+        let draw = |&seed| Tensor::randn(Noise { seed, skip }, shape.to_vec(), DType::F32, device);
+        let noise = self.seeds.iter().map(draw).collect::<Result<Vec<_>>>()?;
+        match noise.as_slice() {
+            [one] => Ok(one.clone()),
+            several => Tensor::cat(&several.iter().collect::<Vec<_>>(), 0),
+        }
     }
 }
 

@@ -52,11 +52,13 @@ pub enum Event<'a> {
     Step {
         /// Steps finished.
         done: usize,
-        /// Steps of this picture.
+        /// Steps of the pictures that are made together.
         total: usize,
     },
     /// An approximate picture, small.
     Preview {
+        /// Which of the pictures that are made together, from 0.
+        index: usize,
         /// Steps finished.
         done: usize,
         /// One pixel for each of the latents.
@@ -64,7 +66,7 @@ pub enum Event<'a> {
     },
     /// The last step is done; latents become pixels.
     Decoding,
-    /// The picture is in this process's memory.
+    /// The pictures are in this process's memory.
     Done,
 }
 

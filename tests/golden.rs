@@ -134,7 +134,7 @@ fn whole_trajectories_are_those_of_diffusers_for_every_scheduler() {
                     found.extend(latents.to_vec::<f32>()?);
                     Ok(())
                 };
-                pipeline.latents(&request, &Silent, &mut observe).unwrap();
+                pipeline.latents(&[request], &Silent, &mut observe).unwrap();
                 let golden = &goldens[&format!("{}.{steps}.latents", kind.name())];
                 check_close(&what, &found, golden, 1e-4);
                 let plan = pipeline.scheduler.plan(steps).unwrap();
@@ -166,6 +166,7 @@ impl Case {
             steps: self.steps,
             guidance_scale: self.guidance_scale,
             size: self.size,
+            scheduler: None,
             preview_every: None,
         }
     }

@@ -17,6 +17,7 @@ mod remote;
 mod second_oracle;
 mod small_ops;
 mod structure;
+mod together;
 mod twin;
 mod udp_proxy;
 mod views;

@@ -8,7 +8,7 @@ use clap::{ArgAction, Parser};
 
 use super::device::DevicePlan;
 use super::model::{HubName, ModelSource};
-use super::values::{Count, DtypeChoice, GuidanceScale, Side, Steps};
+use super::values::{BatchSize, Count, DtypeChoice, GuidanceScale, Side, Steps};
 use crate::schedule::SchedulerKind;
 
 /// The command line, each value parsed on its own.
@@ -112,6 +112,13 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", default_value = "1", allow_negative_numbers = true)]
     pub count: Count,
 
+    /// Pictures that go through the UNet together: auto, or 1 to 64
+    ///
+    /// The pictures are the same, bit for bit on the CPU. More at once take more memory, and are
+    /// ready at the same time.
+    #[arg(long, value_name = "N", default_value = "auto", allow_negative_numbers = true)]
+    pub batch_size: BatchSize,
+
     /// Write an approximate picture after every N steps, OUTPUT-preview.png, gone at the end
     #[arg(long, value_name = "N")]
     pub preview: Option<NonZeroUsize>,
@@ -155,6 +162,7 @@ Examples:
   tiny-sd \"a fox\" --scheduler euler-a
   tiny-sd \"a fox\" --dtype f32 --device cpu --threads 8
   tiny-sd \"a fox\" -s 7 --count 4 -o fox.png      fox-1.png … fox-4.png with seeds 7 to 10
+  tiny-sd \"a fox\" --count 8 --batch-size 4       four at a time through the UNet
   tiny-sd \"a fox\" -o fox.png --preview 5          fox-preview.png while it is being made
   tiny-sd \"a fox\" -q                             --quiet; -v, --verbose says more
   tiny-sd worker --listen 0.0.0.0:4433           lend this machine (tiny-sd worker --help)

@@ -1,6 +1,7 @@
 //! Writing pictures so that each file appears whole or not at all. Separate because it is the
 //! only place that changes the disk, and the one that an interruption must not cut in half.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -21,22 +22,28 @@ const MAX_LINKS: usize = 40;
 /// Held while a temporary file exists.
 static TEMPORARY_FILE: Mutex<()> = Mutex::new(());
 
-/// A file that goes with the run, if there is one.
-static PASSING_FILE: Mutex<Option<PathBuf>> = Mutex::new(None);
+/// Files that go with the run: as many as there are pictures under way.
+static PASSING_FILES: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
-fn passing_file() -> MutexGuard<'static, Option<PathBuf>> {
-    PASSING_FILE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+fn passing_files() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+    PASSING_FILES.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Names the file that goes with the run, if there is one.
-pub(super) fn set_passing_file(path: Option<PathBuf>) {
-    *passing_file() = path;
+/// Names a file that goes with the run.
+pub(super) fn add_passing_file(path: &Path) {
+    passing_files().insert(path.to_owned());
 }
 
-/// Removes the file that goes with the run.
-pub(super) fn remove_passing_file() {
-    if let Some(path) = passing_file().take() {
-        // Whoever removed it before wanted the same.
+/// Removes a file that was to go with the run.
+pub(super) fn remove_passing_file(path: &Path) {
+    passing_files().remove(path);
+    // Whoever removed it before wanted the same.
+    let _ = fs::remove_file(path);
+}
+
+/// Removes all files that go with the run.
+pub(super) fn remove_passing_files() {
+    for path in std::mem::take(&mut *passing_files()) {
         let _ = fs::remove_file(path);
     }
 }

@@ -38,7 +38,7 @@ fn on_signal(is_quiet: bool) {
         // Writing a picture takes milliseconds; ended in the middle, it would leave its
         // temporary file.
         let _no_half_written_file = files::no_temporary_file();
-        files::remove_passing_file();
+        files::remove_passing_files();
         std::process::exit(Kind::Interrupted.exit_code().into());
     }
     if !is_quiet {

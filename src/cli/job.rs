@@ -14,7 +14,7 @@ use super::compare::{self, CompareJob};
 use super::device::DevicePlan;
 use super::model::{HubName, ModelSource};
 use super::output::OutputPlan;
-use super::values::{Count, DtypeChoice, GuidanceScale, SizeRequest, Steps, Verbosity};
+use super::values::{BatchSize, Count, DtypeChoice, GuidanceScale, SizeRequest, Steps, Verbosity};
 use super::worker::{self, WorkerJob};
 use crate::error::{Error, Result};
 use crate::schedule::SchedulerKind;
@@ -55,6 +55,8 @@ pub struct Job {
     pub threads: Option<u16>,
     /// Number of pictures.
     pub count: Count,
+    /// How many of them go through the UNet together.
+    pub batch_size: BatchSize,
     /// Where they go.
     pub output: OutputPlan,
     /// After every so many steps there is a preview, if at all.
@@ -190,6 +192,7 @@ pub(super) fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result
         device: args.device,
         threads: args.threads,
         count: args.count,
+        batch_size: args.batch_size,
         output,
         preview: args.preview,
         verbosity: match (args.quiet, args.verbose) {
@@ -342,6 +345,7 @@ pub(super) mod tests {
             device: DevicePlan::whole(DeviceSpec::Auto),
             threads: None,
             count: "1".parse().unwrap(),
+            batch_size: BatchSize::Auto,
             output: OutputPlan::Fresh("tiny-sd-{seed}.png".into()),
             preview: None,
             verbosity: Verbosity::Normal,
@@ -354,7 +358,7 @@ pub(super) mod tests {
     fn each_flag_changes_what_it_names_and_nothing_else() {
         type Change = fn(&mut Job);
         let base = job_of("x");
-        let rows: [(&str, Change); 23] = [
+        let rows: [(&str, Change); 25] = [
             ("x|-n|", |job| job.negative_prompt = String::new()),
             ("--prompt|-- a --flag", |job| job.prompt = "-- a --flag".into()),
             ("--prompt|", |job| job.prompt = String::new()),
@@ -377,6 +381,11 @@ pub(super) mod tests {
             }),
             ("x|--dtype|bf16", |job| job.dtype = DtypeChoice::Bf16),
             ("x|--device|cpu", |job| job.device = DevicePlan::whole(DeviceSpec::Cpu)),
+            ("x|--count|2|-o|{seed}.png", |job| {
+                job.count = "2".parse().unwrap();
+                job.output = OutputPlan::Fresh("{seed}.png".into());
+            }),
+            ("x|--batch-size|4", |job| job.batch_size = BatchSize::Fixed(4)),
             ("x|--threads|3", |job| job.threads = Some(3)),
             ("x|-q", |job| job.verbosity = Verbosity::Quiet),
             ("x|--verbose", |job| job.verbosity = Verbosity::Verbose),

@@ -114,8 +114,12 @@ impl<T: Backend, U: Backend, V: Backend> Painter for Pipeline<T, U, V> {
         self.scheduler_kind().label()
     }
 
-    fn paint(&mut self, request: &PictureRequest<'_>, progress: &dyn Progress) -> Result<Picture> {
-        Pipeline::paint(self, request, progress)
+    fn paint(
+        &mut self,
+        requests: &[PictureRequest<'_>],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Picture>> {
+        self.paint_together(requests, progress)
     }
 }
 

@@ -158,10 +158,14 @@ impl Painter for PlacedPainter {
         self.painter.sampler()
     }
 
-    fn paint(&mut self, request: &PictureRequest<'_>, progress: &dyn Progress) -> Result<Picture> {
+    fn paint(
+        &mut self,
+        requests: &[PictureRequest<'_>],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Picture>> {
         let watch = self.places.watch(progress, self.keeps_books);
         watch.begin(Some("text"));
-        self.painter.paint(request, &watch)
+        self.painter.paint(requests, &watch)
     }
 
     fn statistics(&self) -> Vec<String> {

@@ -10,41 +10,43 @@ use crate::error::Result;
 use crate::image::{ImageSize, Picture};
 use crate::progress::{Event, Progress};
 
-/// Passes the events of one picture on, and writes its previews. Dropped, it removes the file.
+/// Passes the events of pictures that are made together on, and writes their previews. Dropped, it
+/// removes the files.
 pub(super) struct Previews<'a> {
     progress: &'a dyn Progress,
-    /// Of the finished picture.
+    /// Of the finished pictures.
     size: ImageSize,
-    /// Where a preview may go: a name that is not taken, then that name.
-    target: Mutex<Option<Target>>,
+    /// Where the previews of each picture may go: a name that is not taken, then that name.
+    targets: Mutex<Vec<Option<Target>>>,
 }
 
 impl<'a> Previews<'a> {
-    /// Of a picture that will be `size` and go to `target`.
-    pub fn new(progress: &'a dyn Progress, size: ImageSize, target: &Target) -> Self {
+    /// Of pictures that will be `size` and go to `targets`.
+    pub fn new(progress: &'a dyn Progress, size: ImageSize, targets: &[Target]) -> Self {
         let beside = |path: &Path| Target::Fresh(before_suffix(path, "-preview"));
-        let target = match target {
+        let targets = targets.iter().map(|target| match target {
             Target::Stdout => None,
             Target::Replace(path) | Target::Fresh(path) => Some(beside(path)),
-        };
-        Self { progress, size, target: Mutex::new(target) }
+        });
+        Self { progress, size, targets: Mutex::new(targets.collect()) }
     }
 
-    fn write(&self, picture: &Picture) -> Result<()> {
-        let mut target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(place) = &*target else { return Ok(()) };
+    fn write(&self, index: usize, picture: &Picture) -> Result<()> {
+        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Some(target)) = targets.get_mut(index) else { return Ok(()) };
         let png = picture.enlarged(self.size)?.to_plain_png()?;
-        let path = files::write(place, &png)?;
-        files::set_passing_file(path.clone());
-        *target = path.map(Target::Replace);
+        if let Some(path) = files::write(target, &png)? {
+            files::add_passing_file(&path);
+            *target = Target::Replace(path);
+        }
         Ok(())
     }
 }
 
 impl Progress for Previews<'_> {
     fn report(&self, event: Event<'_>) {
-        if let Event::Preview { picture, .. } = event
-            && let Err(error) = self.write(picture)
+        if let Event::Preview { index, picture, .. } = event
+            && let Err(error) = self.write(index, picture)
         {
             // The picture itself may still be written.
             self.progress.report(Event::Warning(&format!("no preview: {error}")));
@@ -59,7 +61,13 @@ impl Progress for Previews<'_> {
 
 impl Drop for Previews<'_> {
     fn drop(&mut self) {
-        files::remove_passing_file();
+        let targets = self.targets.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for target in targets {
+            // A fresh name was not used yet.
+            if let Some(Target::Replace(path)) = target {
+                files::remove_passing_file(path);
+            }
+        }
     }
 }
 
@@ -77,9 +85,9 @@ mod tests {
         let picture =
             |grey: u8| Picture::new(ImageSize { height: 1, width: 2 }, vec![grey; 6]).unwrap();
         let target = Target::Replace(folder.path().join("x.png"));
-        let previews = Previews::new(&Silent, ImageSize { height: 8, width: 16 }, &target);
+        let previews = Previews::new(&Silent, ImageSize { height: 8, width: 16 }, &[target]);
         for grey in [10, 200] {
-            previews.report(Event::Preview { done: 1, picture: &picture(grey) });
+            previews.report(Event::Preview { index: 0, done: 1, picture: &picture(grey) });
             let file = std::io::BufReader::new(std::fs::File::open(&free).unwrap());
             let mut reader = png::Decoder::new(file).read_info().unwrap();
             let mut pixels = vec![0; 3 * 8 * 16];

@@ -30,12 +30,20 @@ pub trait Painter {
         Vec::new()
     }
 
-    /// Makes one picture, reports each stage and stops when `progress` says so.
+    /// Makes pictures that go together, reports each stage and stops when `progress` says so.
     ///
     /// # Errors
     /// If anything fails, or the user interrupts.
-    fn paint(&mut self, request: &PictureRequest<'_>, progress: &dyn Progress) -> Result<Picture>;
+    fn paint(
+        &mut self,
+        requests: &[PictureRequest<'_>],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Picture>>;
 }
+
+/// Pixels that go through the UNet together unless the user says how many pictures: more gain
+/// little, and each 512×512 takes some 300 MB.
+const AUTO_PIXELS: usize = 1 << 18;
 
 /// Loads the job's model onto its device.
 pub type OpenPainter<'a> = dyn FnMut(&Job, &dyn Progress) -> Result<Box<dyn Painter>> + 'a;
@@ -51,14 +59,12 @@ pub fn run(job: &Job, open: &mut OpenPainter<'_>) -> Result<()> {
     let display = Display::new(job.verbosity);
     describe(job, &display);
     let mut painter = open(job, &display)?;
-    for (index, seed) in pictures(job) {
+    let together = job.batch_size.or(AUTO_PIXELS, job.size.or(painter.default_size()));
+    let pictures: Vec<_> = pictures(job).collect();
+    for pictures in pictures.chunks(together) {
         display.check()?;
-        let count = job.count.get();
-        display.begin(match count {
-            1 => format!("seed {seed}"),
-            _ => format!("{index}/{count}, seed {seed}"),
-        });
-        paint_one(job, &mut *painter, seed, &job.output.target(seed, index), &display)?;
+        display.begin(title(pictures, job.count.get()));
+        paint(job, &mut *painter, pictures, &display)?;
     }
     if job.stats {
         let lines = painter.statistics();
@@ -66,6 +72,18 @@ pub fn run(job: &Job, open: &mut OpenPainter<'_>) -> Result<()> {
         lines.into_iter().chain(none).for_each(|line| display.line(line));
     }
     Ok(())
+}
+
+/// What the display calls pictures that are made together.
+fn title(pictures: &[(usize, u64)], count: usize) -> String {
+    match (pictures, count) {
+        ([(_, seed)], 1) => format!("seed {seed}"),
+        ([(index, seed)], _) => format!("{index}/{count}, seed {seed}"),
+        ([(first, first_seed), .., (last, last_seed)], _) => {
+            format!("{first}-{last}/{count}, seeds {first_seed}-{last_seed}")
+        }
+        ([], _) => String::new(),
+    }
 }
 
 /// The pictures of a job: index from 1, and seed.
@@ -111,49 +129,64 @@ pub(super) fn picture_request(job: &Job, seed: u64, size: ImageSize) -> PictureR
         steps: job.steps.get(),
         guidance_scale: job.guidance_scale.get(),
         size: job.size.or(size),
+        scheduler: None,
         preview_every: job.preview,
     }
 }
 
-fn paint_one(
+fn paint(
     job: &Job,
     painter: &mut dyn Painter,
-    seed: u64,
-    target: &Target,
+    pictures: &[(usize, u64)],
     display: &Display,
 ) -> Result<()> {
     let start = Instant::now();
-    let request = picture_request(job, seed, painter.default_size());
-    let previews = Previews::new(display, request.size, target);
-    let picture = painter.paint(&request, &previews)?;
+    let size = painter.default_size();
+    let requests: Vec<_> =
+        pictures.iter().map(|&(_, seed)| picture_request(job, seed, size)).collect();
+    let targets: Vec<_> =
+        pictures.iter().map(|&(index, seed)| job.output.target(seed, index)).collect();
+    let previews = Previews::new(display, job.size.or(size), &targets);
+    let painted = painter.paint(&requests, &previews)?;
     drop(previews);
-    // Whoever interrupts does not want the picture that was nearly done.
+    // Whoever interrupts does not want the pictures that were nearly done.
     display.check()?;
-    let parameters = Parameters {
-        prompt: job.prompt.clone(),
-        negative_prompt: job.negative_prompt.clone(),
-        steps: request.steps,
-        sampler: painter.sampler().to_owned(),
-        guidance_scale: request.guidance_scale,
-        seed,
-        size: picture.size(),
-        model: job.model.short_name(),
+    let pace = pace(pictures.len(), display.times(), start);
+    for ((request, target), picture) in requests.iter().zip(&targets).zip(&painted) {
+        let parameters = Parameters {
+            prompt: job.prompt.clone(),
+            negative_prompt: job.negative_prompt.clone(),
+            steps: request.steps,
+            sampler: painter.sampler().to_owned(),
+            guidance_scale: request.guidance_scale,
+            seed: request.seed,
+            size: picture.size(),
+            model: job.model.short_name(),
+        };
+        let path = files::write(target, &picture.to_png(&parameters)?)?;
+        let name = path.map_or("standard output".to_owned(), |path| path.display().to_string());
+        display.line(format!(
+            "{name}: seed {}, {}, {} step{} in {pace}",
+            request.seed,
+            picture.size(),
+            request.steps,
+            if request.steps == 1 { "" } else { "s" },
+        ));
+    }
+    Ok(())
+}
+
+/// How long pictures took together.
+fn pace(pictures: usize, Times { denoising, steps }: Times, start: Instant) -> String {
+    let together = match pictures {
+        1 => String::new(),
+        _ => format!(", {pictures} together"),
     };
-    let path = files::write(target, &picture.to_png(&parameters)?)?;
-    let name = path.map_or("standard output".to_owned(), |path| path.display().to_string());
-    let Times { denoising, steps } = display.times();
     let pace = match u32::try_from(steps) {
-        Ok(steps @ 1..) => format!(" ({}/step)", seconds(denoising / steps)),
+        Ok(steps @ 1..) => format!(" ({}/step{together})", seconds(denoising / steps)),
         Ok(0) | Err(_) => String::new(),
     };
-    display.line(format!(
-        "{name}: seed {seed}, {}, {} step{} in {}{pace}",
-        picture.size(),
-        request.steps,
-        if request.steps == 1 { "" } else { "s" },
-        seconds(start.elapsed()),
-    ));
-    Ok(())
+    format!("{}{pace}", seconds(start.elapsed()))
 }
 
 #[cfg(test)]
@@ -185,9 +218,10 @@ mod tests {
 
         fn paint(
             &mut self,
-            request: &PictureRequest<'_>,
+            requests: &[PictureRequest<'_>],
             progress: &dyn Progress,
-        ) -> Result<Picture> {
+        ) -> Result<Vec<Picture>> {
+            let [request, ..] = requests else { return Ok(vec![]) };
             progress.report(Event::Truncated { which: "prompt", text: "the end" });
             for done in 0..=request.steps {
                 progress.report(Event::Step { done, total: request.steps });
@@ -204,13 +238,16 @@ mod tests {
                 _ => {}
             }
             progress.report(Event::Decoding);
-            let bytes = request.size.height * request.size.width * 3;
-            // Rough enough that a large picture does not fit the buffer of a pipe.
-            let value =
-                |at: usize| ((at as u64 + request.seed).wrapping_mul(0x9e37_79b9) >> 24) as u8;
-            let picture = Picture::new(request.size, (0..bytes).map(value).collect())?;
+            let pictures = requests.iter().map(|request| {
+                let bytes = request.size.height * request.size.width * 3;
+                // Rough enough that a large picture does not fit the buffer of a pipe.
+                let value =
+                    |at: usize| ((at as u64 + request.seed).wrapping_mul(0x9e37_79b9) >> 24) as u8;
+                Picture::new(request.size, (0..bytes).map(value).collect())
+            });
+            let pictures = pictures.collect::<Result<_>>()?;
             progress.report(Event::Done);
-            Ok(picture)
+            Ok(pictures)
         }
     }
 

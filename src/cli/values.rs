@@ -48,6 +48,44 @@ bounded!(
     "a whole number"
 );
 
+/// How many pictures go through the UNet together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BatchSize {
+    /// As many as are worth it: see [`BatchSize::or`].
+    Auto,
+    /// So many, 1 to 64.
+    Fixed(usize),
+}
+
+impl BatchSize {
+    /// The most pictures that go together.
+    pub const MAX: usize = 64;
+
+    /// The number for pictures of `size`, of which `auto` pixels go together where the user did not
+    /// say.
+    pub fn or(self, auto_pixels: usize, size: ImageSize) -> usize {
+        match self {
+            BatchSize::Auto => {
+                let pixels = size.height.saturating_mul(size.width).max(1);
+                (auto_pixels / pixels).clamp(1, BatchSize::MAX)
+            }
+            BatchSize::Fixed(number) => number,
+        }
+    }
+}
+
+impl FromStr for BatchSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text.parse() {
+            Ok(number) if (1..=BatchSize::MAX).contains(&number) => Ok(BatchSize::Fixed(number)),
+            _ if text == "auto" => Ok(BatchSize::Auto),
+            _ => Err(format!("auto, or a whole number from 1 to {}", BatchSize::MAX)),
+        }
+    }
+}
+
 /// Height or width in pixels: a multiple of 8, which is what one latent becomes, from 8 to 4096.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Side(usize);

@@ -6,6 +6,7 @@ use std::any::Any;
 use candle_core::DType;
 use candle_core::backend::BackendDevice;
 
+use super::prompts::Embeddings;
 use super::{Pipeline, Placement};
 use crate::backend::{Backend, Device};
 use crate::error::{Error, Result};
@@ -45,10 +46,10 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         progress: &dyn Progress,
     ) -> Result<Self> {
         // Configurations first: what is not covered is found before any weight is read.
-        let scheduler = SchedulerConfig::parse(&folder.scheduler_config()?)?;
+        let scheduler_config = SchedulerConfig::parse(&folder.scheduler_config()?)?;
         let scheduler = match options.scheduler {
-            Some(kind) => scheduler.for_scheduler(kind)?,
-            None => scheduler.scheduler()?,
+            Some(kind) => scheduler_config.for_scheduler(kind)?,
+            None => scheduler_config.scheduler()?,
         };
         let tokenizer = Tokenizer::open(&folder.tokenizer_dir())?;
         let text = TextConfig::parse(&folder.config(Component::TextEncoder)?)?;
@@ -66,6 +67,8 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
                 .component(Component::Vae, &devices.vae, |loader| Decoder::load(vae, loader))?,
             tokenizer,
             scheduler,
+            scheduler_config,
+            embeddings: Embeddings::default(),
             devices,
         })
     }

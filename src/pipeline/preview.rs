@@ -30,14 +30,14 @@ pub(super) fn check(channels: usize) -> Result<()> {
     }
 }
 
-/// A preview on its way from the device.
+/// Previews of pictures that are made together, on their way from the device.
 pub(super) struct Preview {
     reading: Reading<u8>,
     size: ImageSize,
 }
 
 impl Preview {
-    /// Of latents `(1, 4, height, width)`; asks for its bytes, does not wait.
+    /// Of latents `(pictures, 4, height, width)`; asks for its bytes, does not wait.
     ///
     /// # Errors
     /// If the latents have another number of channels, or the device is gone.
@@ -45,23 +45,25 @@ impl Preview {
         let [_, channels, height, width] = latents.dims_exact()?;
         check(channels)?;
         let latents = latents.to_dtype(DType::F32)?;
-        let channels = latents.chunk(channels, 1)?; // (1, 1, height, width) each
+        let channels = latents.chunk(channels, 1)?; // (pictures, 1, height, width) each
         let colour = |colour: usize| {
             let weights = CHANNEL_COLOURS.iter().map(|colours| colours[colour]);
             let terms: Vec<_> = weights.zip(&channels).collect();
             Tensor::linear_combination(&terms)
         };
         let (red, green, blue) = (colour(0)?, colour(1)?, colour(2)?);
-        let image = Tensor::cat(&[&red, &green, &blue], 1)?; // (1, 3, height, width)
-        let reading = image.pixels()?.begin_read()?; // (1, height, width, 3)
+        let image = Tensor::cat(&[&red, &green, &blue], 1)?; // (pictures, 3, height, width)
+        let reading = image.pixels()?.begin_read()?; // (pictures, height, width, 3)
         Ok(Self { reading, size: ImageSize { height, width } })
     }
 
-    /// Waits for the bytes.
+    /// Waits for the bytes: a preview of each picture.
     ///
     /// # Errors
     /// Whatever went wrong on the way to the latents.
-    pub fn finish(self) -> Result<Picture> {
-        Picture::new(self.size, self.reading.finish()?)
+    pub fn finish(self) -> Result<Vec<Picture>> {
+        let rgb: Vec<u8> = self.reading.finish()?;
+        let bytes = 3 * self.size.height * self.size.width;
+        rgb.chunks(bytes).map(|rgb| Picture::new(self.size, rgb.to_vec())).collect()
     }
 }

@@ -97,7 +97,7 @@ fn previews<B: Backend>(device: &B::Device) -> Result<Vec<(usize, Picture)>> {
     struct Seen(Mutex<Vec<(usize, Picture)>>);
     impl Progress for Seen {
         fn report(&self, event: Event<'_>) {
-            if let Event::Preview { done, picture } = event {
+            if let Event::Preview { index: 0, done, picture } = event {
                 self.0.lock().unwrap().push((done, picture.clone()));
             }
         }
@@ -133,7 +133,7 @@ fn a_step_that_is_done_is_told_before_the_next_is_computed() -> Result<()> {
     let pipeline = Pipeline::load(&folder()?, &options, place, &Silent)?;
     let told = Told::default();
     let mut seen = 0usize;
-    pipeline.latents(&request(6, None), &told, &mut |_| {
+    pipeline.latents(&[request(6, None)], &told, &mut |_| {
         // First the noise is seen, then each step, just before it is told of.
         let before = seen.saturating_sub(1);
         assert_eq!(told.0.lock().unwrap().len(), before, "steps that were told of");
@@ -168,6 +168,7 @@ fn request(steps: usize, preview_every: Option<NonZeroUsize>) -> PictureRequest<
         steps,
         guidance_scale: 7.5,
         size: ImageSize { height: 64, width: 64 },
+        scheduler: None,
         preview_every,
     }
 }
