@@ -8,7 +8,7 @@ use clap::{ArgAction, Parser};
 
 use super::device::DevicePlan;
 use super::model::{HubName, ModelSource};
-use super::values::{BatchSize, Count, DtypeChoice, GuidanceScale, Side, Steps};
+use super::values::{BatchSize, Count, DtypeChoice, GuidanceScale, Side, Steps, Verbosity};
 use crate::schedule::SchedulerKind;
 
 /// The command line, each value parsed on its own.
@@ -35,6 +35,19 @@ pub(super) struct Args {
     #[arg(last = true, hide = true)]
     pub after_dashes: Vec<String>,
 
+    #[command(flatten)]
+    pub picture: PictureArgs,
+
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// What makes a picture, and where it goes: the flags that each line of a batch may have too.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct PictureArgs {
     /// The prompt, as a flag: any text
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
@@ -52,6 +65,42 @@ pub(super) struct Args {
     #[arg(short, long, value_name = "PATH")]
     pub output: Option<PathBuf>,
 
+    /// Seed of the noise; the same seed gives the same picture [default: random, and printed]
+    #[arg(short, long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(value_parser = parse_seed)]
+    pub seed: Option<u64>,
+
+    /// Denoising steps, 1 to 1000
+    #[arg(long, value_name = "N", default_value = "25", allow_negative_numbers = true)]
+    pub steps: Steps,
+
+    /// How strongly the prompt rules, 0 to 1000; at 1 or less the negative prompt is unused
+    #[arg(short, long, value_name = "X", default_value = "7.5", allow_negative_numbers = true)]
+    #[arg(alias = "cfg-scale")]
+    pub guidance_scale: GuidanceScale,
+
+    /// Width in pixels, a multiple of 8 up to 4096 [default: the model's own]
+    #[arg(short = 'W', long, value_name = "PIXELS", allow_negative_numbers = true)]
+    pub width: Option<Side>,
+
+    /// Height in pixels, a multiple of 8 up to 4096 [default: the model's own]
+    #[arg(short = 'H', long, value_name = "PIXELS", allow_negative_numbers = true)]
+    pub height: Option<Side>,
+
+    /// dpm++2m, ddim, pndm, euler or euler-a [default: the model's own]
+    #[arg(long, value_name = "NAME", value_parser = SchedulerKind::parse)]
+    #[arg(alias = "sampler-name")]
+    pub scheduler: Option<SchedulerKind>,
+
+    /// Number of pictures, 1 to 10000, with seeds N, N+1, …
+    #[arg(long, value_name = "N", default_value = "1", allow_negative_numbers = true)]
+    #[arg(alias = "n-iter")]
+    pub count: Count,
+}
+
+/// The model, and where it is computed: the same for all pictures of a run.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct ModelArgs {
     /// A Hugging Face repository (org/name) or a folder in diffusers layout
     #[arg(short, long, value_name = "REPO|DIR", default_value = "segmind/tiny-sd")]
     pub model: ModelSource,
@@ -68,31 +117,6 @@ pub(super) struct Args {
     #[arg(long)]
     pub offline: bool,
 
-    /// Seed of the noise; the same seed gives the same picture [default: random, and printed]
-    #[arg(short, long, value_name = "N", allow_negative_numbers = true)]
-    #[arg(value_parser = parse_seed)]
-    pub seed: Option<u64>,
-
-    /// Denoising steps, 1 to 1000
-    #[arg(long, value_name = "N", default_value = "25", allow_negative_numbers = true)]
-    pub steps: Steps,
-
-    /// How strongly the prompt rules, 0 to 1000; at 1 or less the negative prompt is unused
-    #[arg(short, long, value_name = "X", default_value = "7.5", allow_negative_numbers = true)]
-    pub guidance_scale: GuidanceScale,
-
-    /// Width in pixels, a multiple of 8 up to 4096 [default: the model's own]
-    #[arg(short = 'W', long, value_name = "PIXELS", allow_negative_numbers = true)]
-    pub width: Option<Side>,
-
-    /// Height in pixels, a multiple of 8 up to 4096 [default: the model's own]
-    #[arg(short = 'H', long, value_name = "PIXELS", allow_negative_numbers = true)]
-    pub height: Option<Side>,
-
-    /// dpm++2m, ddim, pndm, euler or euler-a [default: the model's own]
-    #[arg(long, value_name = "NAME", value_parser = SchedulerKind::parse)]
-    pub scheduler: Option<SchedulerKind>,
-
     /// Number type of the computation: auto, f32, f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "auto")]
     pub dtype: DtypeChoice,
@@ -101,17 +125,17 @@ pub(super) struct Args {
     ///
     /// text=DEVICE,unet=DEVICE,vae=DEVICE places the stages; one that is not named is auto. mock
     /// is a worker inside of this process.
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    pub device: DevicePlan,
+    #[arg(long, value_name = "DEVICE", default_value = "auto", action = ArgAction::Append)]
+    pub device: Vec<DevicePlan>,
 
     /// Threads of the CPU [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+}
 
-    /// Number of pictures, 1 to 10000, with seeds N, N+1, …
-    #[arg(long, value_name = "N", default_value = "1", allow_negative_numbers = true)]
-    pub count: Count,
-
+/// What is told on the way.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct RunArgs {
     /// Pictures that go through the UNet together: auto, or 1 to 64
     ///
     /// The pictures are the same, bit for bit on the CPU. More at once take more memory, and are
@@ -134,6 +158,17 @@ pub(super) struct Args {
     /// Print the settings and how long each stage took
     #[arg(short, long, action = ArgAction::SetTrue)]
     pub verbose: bool,
+}
+
+impl RunArgs {
+    /// How much is said.
+    pub fn verbosity(&self) -> Verbosity {
+        match (self.quiet, self.verbose) {
+            (true, _) => Verbosity::Quiet,
+            (false, true) => Verbosity::Verbose,
+            (false, false) => Verbosity::Normal,
+        }
+    }
 }
 
 fn parse_seed(text: &str) -> Result<u64, String> {

@@ -14,10 +14,11 @@ use super::args::Args;
 use super::device::DevicePlan;
 use super::display::Display;
 use super::interrupt;
-use super::job::{self, Job, Request, Surroundings, usage};
+use super::job::{self, Job, Request, usage};
 use super::painter;
 use super::places::{OnBackend, Place, Places};
 use super::run::picture_request;
+use super::surroundings::Surroundings;
 use super::values::Verbosity;
 use crate::backend::twin::{DIFFERS, Divergence, Findings, Mismatch};
 use crate::backend::{Backend, Device, twin};
@@ -30,7 +31,7 @@ use crate::weights::{ModelFolder, Variant};
 #[derive(Debug, Parser)]
 struct CompareArgs {
     #[command(flatten)]
-    picture: Args,
+    single: Args,
 
     /// The device that --device is compared with: whatever --device takes
     #[arg(long, value_name = "DEVICE")]
@@ -89,21 +90,21 @@ pub(super) fn parse(
     let args = command
         .try_get_matches_from(words)
         .and_then(|matches| CompareArgs::from_arg_matches(&matches));
-    let CompareArgs { picture, against } = match args {
+    let CompareArgs { single, against } = match args {
         Ok(args) => args,
         Err(error) if !error.use_stderr() => return Ok(Request::Show(error)),
         Err(error) => return Err(usage(&error)),
     };
-    if picture.preview.is_some() {
+    if single.run.preview.is_some() {
         return Err(Error::usage("--preview: compare writes no picture, but what it found"));
     }
-    if picture.output.is_some() {
+    if single.picture.output.is_some() {
         return Err(Error::usage("--output: compare writes no picture, but what it found"));
     }
-    if picture.count.get() != 1 {
+    if single.picture.count.get() != 1 {
         return Err(Error::usage("--count: compare looks at one picture; its --seed says which"));
     }
-    let job = job::job(picture, surroundings)?;
+    let job = job::job(single, surroundings)?;
     Ok(Request::Compare(Box::new(CompareJob { job, against })))
 }
 

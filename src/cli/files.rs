@@ -9,8 +9,8 @@ use std::sync::{Mutex, MutexGuard};
 
 use tempfile::NamedTempFile;
 
-use super::job::At;
 use super::output::{Target, before_suffix};
+use super::surroundings::At;
 use crate::error::{Error, Result};
 
 /// How many names after a taken one are tried.

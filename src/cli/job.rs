@@ -4,16 +4,16 @@
 
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
-use std::path::Path;
 
 use clap::Parser;
 
-use super::args::Args;
+use super::args::{Args, ModelArgs, PictureArgs, RunArgs};
 use super::command::{self, Word};
 use super::compare::{self, CompareJob};
 use super::device::DevicePlan;
 use super::model::{HubName, ModelSource};
 use super::output::OutputPlan;
+use super::surroundings::Surroundings;
 use super::values::{BatchSize, Count, DtypeChoice, GuidanceScale, SizeRequest, Steps, Verbosity};
 use super::worker::{self, WorkerJob};
 use crate::error::{Error, Result};
@@ -80,37 +80,6 @@ pub enum Request {
     Show(clap::Error),
 }
 
-/// What the meaning of a command line depends on beside its text (and whether `--model` is a
-/// folder): looked at, never changed.
-pub trait Surroundings {
-    /// Somebody would have to type the prompt.
-    fn stdin_is_terminal(&self) -> bool;
-    /// Bytes written to standard output would land on a screen.
-    fn stdout_is_terminal(&self) -> bool;
-    /// Standard input to its end, or one byte more than `limit`.
-    ///
-    /// # Errors
-    /// If reading fails.
-    fn read_stdin(&mut self, limit: usize) -> std::io::Result<Vec<u8>>;
-    /// What is at a path.
-    fn at(&self, path: &Path) -> At;
-    /// A seed that nobody can guess and anybody can type.
-    fn random_seed(&mut self) -> u64;
-}
-
-/// What is at a path, symbolic links followed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum At {
-    /// Nothing, or nothing that can be seen.
-    Nothing,
-    /// A regular file.
-    File,
-    /// A folder.
-    Folder,
-    /// A device, a pipe or a socket.
-    Device,
-}
-
 /// Parses a command line, the program's name included.
 ///
 /// # Errors
@@ -132,7 +101,7 @@ pub fn parse(
         Err(error) if !error.use_stderr() => return Ok(Request::Show(error)),
         Err(error) => return Err(usage(&error)),
     };
-    if let (None, [], [word]) = (&args.prompt, &*args.after_dashes, &*args.words)
+    if let (None, [], [word]) = (&args.picture.prompt, &*args.after_dashes, &*args.words)
         && command::classify(word)? == Word::Help
     {
         return parse(["tiny-sd", "--help"].map(OsString::from), surroundings);
@@ -146,61 +115,92 @@ pub fn parse(
 /// As [`parse`].
 pub(super) fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result<Job> {
     let prompt = given_prompt(&mut args)?;
-    check_length("the negative prompt", args.negative_prompt.len())?;
-    if let (Some(revision), ModelSource::Folder(folder)) = (&args.revision, &args.model) {
-        let (revision, folder) = (revision.as_str(), folder.display());
-        return Err(Error::usage(format!(
-            "--revision {revision} is for repositories of the hub; {folder} is a folder"
-        )));
-    }
-    let output = OutputPlan::new(args.output.as_deref(), args.count, surroundings)?;
-    if let (Some(_), OutputPlan::Stdout) = (args.preview, &output) {
+    let Args { picture, model, run, .. } = args;
+    let device = match &*model.device {
+        [device] => device.clone(),
+        several => {
+            return Err(Error::usage(format!(
+                "--device is given {} times; several devices are for tiny-sd batch",
+                several.len()
+            )));
+        }
+    };
+    let output = OutputPlan::new(picture.output.as_deref(), picture.count, surroundings)?;
+    if let (Some(_), OutputPlan::Stdout) = (run.preview, &output) {
         return Err(Error::usage("--preview writes files beside the picture: give --output FILE"));
     }
-    let seed = match args.seed {
-        Some(seed) => seed,
-        None => surroundings.random_seed(),
-    };
-    let last = args.count.get().saturating_sub(1) as u64;
-    if seed.checked_add(last).is_none() {
-        return Err(Error::usage(format!(
-            "--seed {seed} and --count {} go beyond the last seed, {}",
-            args.count.get(),
-            u64::MAX
-        )));
-    }
+    let seed = picture.seed.unwrap_or_else(|| surroundings.random_seed());
+    let choice = Choice { seed, output, device };
+    let mut job = Job::new(picture, &model, &run, choice)?;
     // Last, so that nothing is waited for before an error that was there all along.
-    let prompt = match prompt {
+    job.prompt = match prompt {
         Some(prompt) => prompt,
         None => prompt_of_stdin(surroundings)?,
     };
-    check_length("the prompt", prompt.len())?;
-    Ok(Job {
-        stats: args.stats,
-        prompt,
-        negative_prompt: args.negative_prompt,
-        model: args.model,
-        revision: args.revision,
-        variant: args.variant,
-        offline: args.offline,
-        seed,
-        steps: args.steps,
-        guidance_scale: args.guidance_scale,
-        size: SizeRequest { height: args.height, width: args.width },
-        scheduler: args.scheduler,
-        dtype: args.dtype,
-        device: args.device,
-        threads: args.threads,
-        count: args.count,
-        batch_size: args.batch_size,
-        output,
-        preview: args.preview,
-        verbosity: match (args.quiet, args.verbose) {
-            (true, _) => Verbosity::Quiet,
-            (false, true) => Verbosity::Verbose,
-            (false, false) => Verbosity::Normal,
-        },
-    })
+    check_length("the prompt", job.prompt.len())?;
+    Ok(job)
+}
+
+/// What a job's flags leave open.
+pub(super) struct Choice {
+    /// The first picture's seed.
+    pub seed: u64,
+    /// Where the pictures go.
+    pub output: OutputPlan,
+    /// Where they are computed.
+    pub device: DevicePlan,
+}
+
+impl Job {
+    /// A job of flags; a prompt that is not among them is empty.
+    ///
+    /// # Errors
+    /// If the flags do not go together.
+    pub(super) fn new(
+        picture: PictureArgs,
+        model: &ModelArgs,
+        run: &RunArgs,
+        Choice { seed, output, device }: Choice,
+    ) -> Result<Self> {
+        let prompt = picture.prompt.unwrap_or_default();
+        check_length("the prompt", prompt.len())?;
+        check_length("the negative prompt", picture.negative_prompt.len())?;
+        if let (Some(revision), ModelSource::Folder(folder)) = (&model.revision, &model.model) {
+            let (revision, folder) = (revision.as_str(), folder.display());
+            return Err(Error::usage(format!(
+                "--revision {revision} is for repositories of the hub; {folder} is a folder"
+            )));
+        }
+        let count = picture.count.get();
+        if seed.checked_add(count.saturating_sub(1) as u64).is_none() {
+            return Err(Error::usage(format!(
+                "--seed {seed} and --count {count} go beyond the last seed, {}",
+                u64::MAX
+            )));
+        }
+        Ok(Self {
+            prompt,
+            negative_prompt: picture.negative_prompt,
+            model: model.model.clone(),
+            revision: model.revision.clone(),
+            variant: model.variant.clone(),
+            offline: model.offline,
+            seed,
+            steps: picture.steps,
+            guidance_scale: picture.guidance_scale,
+            size: SizeRequest { height: picture.height, width: picture.width },
+            scheduler: picture.scheduler,
+            dtype: model.dtype,
+            device,
+            threads: model.threads,
+            count: picture.count,
+            batch_size: run.batch_size,
+            output,
+            preview: run.preview,
+            verbosity: run.verbosity(),
+            stats: run.stats,
+        })
+    }
 }
 
 /// The prompt on the command line, `None` if it is to be read from standard input.
@@ -209,7 +209,7 @@ pub(super) fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result
 fn given_prompt(args: &mut Args) -> Result<Option<String>> {
     let words = std::mem::take(&mut args.words);
     let after_dashes = std::mem::take(&mut args.after_dashes);
-    match (args.prompt.take(), &*words, &*after_dashes) {
+    match (args.picture.prompt.take(), &*words, &*after_dashes) {
         (None, [], []) => Ok(None),
         (None, [word], []) if word == "-" => Ok(None),
         (Some(prompt), [], []) => Ok(Some(prompt)),
@@ -276,7 +276,10 @@ pub(super) fn usage(error: &clap::Error) -> Error {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::path::Path;
+
     use super::super::device::DeviceSpec;
+    use super::super::surroundings::At;
     use super::*;
     use crate::cli::values::Side;
     use crate::error::Kind;
@@ -430,6 +433,7 @@ pub(super) mod tests {
             ("x|--scheduler|eular", "did you mean euler?"),
             ("x|--dtype|f64", "one of auto, f32, f16, bf16"),
             ("x|--device|gpu", "one of auto, cpu"),
+            ("x|--device|cpu|--device|mock", "given 2 times; several devices are for tiny-sd bat"),
             ("x|--preview|0", "--preview"),
             ("x|-o|-|--preview|5", "--preview writes files beside the picture"),
             ("x|-m|nope", "there is no such folder"),

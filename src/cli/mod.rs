@@ -18,56 +18,24 @@ mod places;
 mod previews;
 mod remote;
 mod run;
+mod surroundings;
 mod values;
 mod worker;
 
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hasher};
-use std::io::{IsTerminal, Read, Write};
-use std::path::Path;
+use std::io::Write;
 
 pub use compare::{CompareJob, compare};
 pub use device::{DevicePlan, DeviceSpec};
-pub use job::{At, Job, MAX_PROMPT_BYTES, Request, Surroundings, parse};
+pub use job::{Job, MAX_PROMPT_BYTES, Request, parse};
 pub use model::{HubName, ModelSource};
 pub use output::{OutputPlan, Target};
 pub use painter::open;
 pub use run::{OpenPainter, Painter, run};
+pub use surroundings::{At, Process, Surroundings};
 pub use values::{Count, DtypeChoice, GuidanceScale, Side, SizeRequest, Steps, Verbosity};
 pub use worker::{WorkerJob, work};
 
 use crate::error::Error;
-
-/// The process's own standard streams, disk and randomness.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Process;
-
-impl Surroundings for Process {
-    fn stdin_is_terminal(&self) -> bool {
-        std::io::stdin().is_terminal()
-    }
-
-    fn stdout_is_terminal(&self) -> bool {
-        std::io::stdout().is_terminal()
-    }
-
-    fn read_stdin(&mut self, limit: usize) -> std::io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        let limit = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
-        std::io::stdin().lock().take(limit).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    }
-
-    fn at(&self, path: &Path) -> At {
-        files::at(path)
-    }
-
-    /// 32 bits, as other tools have them. The keys of std's hash maps come from the operating
-    /// system's randomness, which spares a dependency.
-    fn random_seed(&mut self) -> u64 {
-        RandomState::new().build_hasher().finish() >> 32
-    }
-}
 
 /// Prints help or the version on standard output, in colour where that can show it.
 pub fn show(help: &clap::Error) {

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::job::{At, Surroundings};
+use super::surroundings::{At, Surroundings};
 use super::values::Count;
 use crate::error::{Error, Result};
 

@@ -67,12 +67,15 @@ schedulers! {
 }
 
 impl SchedulerKind {
-    /// The scheduler of a command-line name.
+    /// The scheduler of a command-line name, or of AUTOMATIC1111's.
     ///
     /// # Errors
     /// An unknown name: the nearest one, and all of them.
     pub fn parse(name: &str) -> Result<Self> {
-        if let Some(kind) = Self::ALL.iter().find(|kind| kind.name().eq_ignore_ascii_case(name)) {
+        let is_named = |kind: &&Self| {
+            [kind.name(), kind.label()].iter().any(|known| known.eq_ignore_ascii_case(name))
+        };
+        if let Some(kind) = Self::ALL.iter().find(is_named) {
             return Ok(*kind);
         }
         let known: Vec<&str> = Self::ALL.iter().map(|kind| kind.name()).collect();

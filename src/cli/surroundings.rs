@@ -1,0 +1,71 @@
+//! What the meaning of a command line depends on beside its own text, and the process as it is.
+//! Separate so that arguments become jobs without effects, and tests bring their own surroundings.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::io::{IsTerminal, Read};
+use std::path::Path;
+
+use super::files;
+
+/// What the meaning of a command line depends on beside its text (and whether `--model` is a
+/// folder): looked at, never changed.
+pub trait Surroundings {
+    /// Somebody would have to type the prompt.
+    fn stdin_is_terminal(&self) -> bool;
+    /// Bytes written to standard output would land on a screen.
+    fn stdout_is_terminal(&self) -> bool;
+    /// Standard input to its end, or one byte more than `limit`.
+    ///
+    /// # Errors
+    /// If reading fails.
+    fn read_stdin(&mut self, limit: usize) -> std::io::Result<Vec<u8>>;
+    /// What is at a path.
+    fn at(&self, path: &Path) -> At;
+    /// A seed that nobody can guess and anybody can type.
+    fn random_seed(&mut self) -> u64;
+}
+
+/// What is at a path, symbolic links followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum At {
+    /// Nothing, or nothing that can be seen.
+    Nothing,
+    /// A regular file.
+    File,
+    /// A folder.
+    Folder,
+    /// A device, a pipe or a socket.
+    Device,
+}
+
+/// The process's own standard streams, disk and randomness.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Process;
+
+impl Surroundings for Process {
+    fn stdin_is_terminal(&self) -> bool {
+        std::io::stdin().is_terminal()
+    }
+
+    fn stdout_is_terminal(&self) -> bool {
+        std::io::stdout().is_terminal()
+    }
+
+    fn read_stdin(&mut self, limit: usize) -> std::io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let limit = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
+        std::io::stdin().lock().take(limit).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn at(&self, path: &Path) -> At {
+        files::at(path)
+    }
+
+    /// 32 bits, as other tools have them. The keys of std's hash maps come from the operating
+    /// system's randomness, which spares a dependency.
+    fn random_seed(&mut self) -> u64 {
+        RandomState::new().build_hasher().finish() >> 32
+    }
+}
