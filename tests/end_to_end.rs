@@ -29,7 +29,7 @@ fn tiny_sd(folder: &Path, words: &[&str], environment: &[(&str, &str)]) -> Comma
 }
 
 /// As [`tiny_sd`], run to its end.
-fn run(folder: &Path, words: &[&str], environment: &[(&str, &str)]) -> Output {
+pub fn run(folder: &Path, words: &[&str], environment: &[(&str, &str)]) -> Output {
     tiny_sd(folder, words, environment).output().unwrap()
 }
 
@@ -37,7 +37,7 @@ fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
 }
 
-fn model(name: &str) -> PathBuf {
+pub fn model(name: &str) -> PathBuf {
     fixtures().join("models").join(name)
 }
 
@@ -61,7 +61,7 @@ fn files(folder: &Path) -> Vec<String> {
 }
 
 /// Pixels and `parameters` of a PNG.
-fn read_png(path: &Path) -> (Vec<u8>, String) {
+pub fn read_png(path: &Path) -> (Vec<u8>, String) {
     let file = BufReader::new(fs::File::open(path).unwrap());
     let mut reader = png::Decoder::new(file).read_info().unwrap();
     let mut rgb = vec![0; reader.output_buffer_size().unwrap()];
@@ -204,7 +204,7 @@ fn a_repository_is_downloaded_once_and_then_needs_no_network() {
 }
 
 /// Runs a command line that must fail: one line with all of `parts`, no panic, no file left.
-fn check_failure(
+pub fn check_failure(
     what: &str,
     words: &[&str],
     code: i32,

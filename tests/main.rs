@@ -6,6 +6,7 @@ mod faults;
 mod fuzzing;
 mod golden;
 mod hub;
+mod kernel_paths;
 mod kernels;
 mod null;
 mod numbers;

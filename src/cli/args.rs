@@ -128,7 +128,7 @@ pub(super) struct ModelArgs {
     #[arg(long, value_name = "DEVICE", default_value = "auto", action = ArgAction::Append)]
     pub device: Vec<DevicePlan>,
 
-    /// Threads of the CPU [default: one per core]
+    /// Threads of the CPU [default: one per physical core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
 }
@@ -212,6 +212,8 @@ Environment:
   HF_ENDPOINT       another hub [default: https://huggingface.co]
   HF_HUB_OFFLINE    1 is --offline
   TINY_SD_DEVICE    what --device auto means: whatever --device takes
+  TINY_SD_ISA       kernels of the CPU: avx512bf16, avx512, avx2 or portable [default: the best
+                    that the processor has]
 
 Exit codes:
   0    the pictures are written

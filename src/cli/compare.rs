@@ -21,7 +21,7 @@ use super::run::picture_request;
 use super::surroundings::Surroundings;
 use super::values::Verbosity;
 use crate::backend::twin::{DIFFERS, Divergence, Findings, Mismatch};
-use crate::backend::{Backend, Device, twin};
+use crate::backend::{Backend, Device, cpu, twin};
 use crate::error::{Error, Result};
 use crate::pipeline::{LoadOptions, Pipeline, Placement};
 use crate::progress::{Event, Progress};
@@ -114,6 +114,7 @@ pub(super) fn parse(
 /// If the model cannot be loaded, a device fails, or the user interrupts.
 pub fn compare(compare: &CompareJob) -> Result<ExitCode> {
     let CompareJob { job, against } = compare;
+    cpu::check_kernel_path()?;
     interrupt::install(job.verbosity == Verbosity::Quiet)?;
     let display = Display::new(job.verbosity);
     let (folder, variant) = painter::model(job, &display)?;

@@ -51,7 +51,7 @@ pub struct Job {
     pub dtype: DtypeChoice,
     /// Where it is computed.
     pub device: DevicePlan,
-    /// Threads of the CPU; `None` is one per core.
+    /// Threads of the CPU; `None` is one per physical core.
     pub threads: Option<u16>,
     /// Number of pictures.
     pub count: Count,

@@ -11,6 +11,7 @@ use super::job::Job;
 use super::output::Target;
 use super::previews::Previews;
 use super::values::Verbosity;
+use crate::backend::cpu;
 use crate::error::Result;
 use crate::image::{ImageSize, Parameters, Picture};
 use crate::pipeline::PictureRequest;
@@ -54,6 +55,7 @@ pub type OpenPainter<'a> = dyn FnMut(&Job, &dyn Progress) -> Result<Box<dyn Pain
 /// If an output cannot be written (found out before loading), the model cannot be loaded, or a
 /// picture cannot be made. Pictures written before stay.
 pub fn run(job: &Job, open: &mut OpenPainter<'_>) -> Result<()> {
+    cpu::check_kernel_path()?;
     interrupt::install(job.verbosity == Verbosity::Quiet)?;
     check_outputs(job)?;
     let display = Display::new(job.verbosity);

@@ -40,7 +40,7 @@ pub struct WorkerJob {
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: WorkerDevice,
 
-    /// Threads of the CPU [default: one per core]
+    /// Threads of the CPU [default: one per physical core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
 
@@ -157,6 +157,7 @@ pub(super) fn parse(arguments: Vec<OsString>) -> Result<Request> {
 /// # Errors
 /// If it cannot listen, or its files cannot be used.
 pub fn work(job: &WorkerJob) -> Result<()> {
+    cpu::check_kernel_path()?;
     start_log(job.log_format);
     let identity = Identity::load_or_create(job.token_file.as_deref())?;
     let server = Arc::new(start(job, &identity)?);

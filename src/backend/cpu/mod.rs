@@ -14,6 +14,7 @@ use candle_core::{CpuStorage, DType, DeviceLocation, Shape, WithDType};
 use crate::backend::{Begun, HostTensor, Noise, View};
 use crate::error::{Error, Result};
 
+pub use kernels::{check_path as check_kernel_path, path as kernel_path, paths as kernel_paths};
 pub use storage::Storage;
 
 /// The processor that this process runs on, with the threads its kernels use.
@@ -24,8 +25,9 @@ impl Device {
     /// A device whose kernels run on `threads` threads; 0 means one for each core.
     ///
     /// # Errors
-    /// If the threads cannot be started.
+    /// If the threads cannot be started, or the environment asks for kernels that are not here.
     pub fn with_threads(threads: usize) -> Result<Self> {
+        kernels::check_path()?;
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|index| format!("kernel-{index}"))

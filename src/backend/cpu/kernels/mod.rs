@@ -7,6 +7,7 @@
 mod add;
 mod attention;
 mod cat;
+mod choice;
 mod conv2d;
 mod linear;
 mod matrix;
@@ -30,6 +31,24 @@ pub use add::add;
 pub use spare::give;
 pub use upload::upload;
 pub use weight::{Packed, prepare};
+
+/// The name of the kernels that this process runs.
+pub fn path() -> &'static str {
+    choice::chosen().name()
+}
+
+/// The names of all kernels that this processor can run, best first.
+pub fn paths() -> Vec<&'static str> {
+    choice::available().map(choice::Path::name).collect()
+}
+
+/// Whether the environment asks for kernels that are here, or for none.
+///
+/// # Errors
+/// If it does not: a wrong request.
+pub fn check_path() -> Result<()> {
+    choice::check()
+}
 
 /// Runs any op but `Prepare`, which gives no tensor: see [`prepare`].
 ///

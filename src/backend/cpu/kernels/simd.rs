@@ -1,7 +1,9 @@
 //! Vector instructions: which of them this processor has, and functions of one number that the
 //! compiler turns into vector loops. Separate because every kernel needs both and must not care.
 
-/// The instructions that kernels are compiled for; the best that the processor has is taken.
+use super::choice;
+
+/// The instructions that kernels are compiled for; which of them run, [`choice`] says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "other processors have none"))]
 pub enum Isa {
@@ -14,9 +16,9 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The best of this processor.
+    /// That of this process: the best of the processor, unless the environment says otherwise.
     pub fn detect() -> Self {
-        Self::available()[0]
+        choice::chosen().isa()
     }
 
     /// All that this processor can run, best first.
