@@ -2,6 +2,7 @@
 //! Separate newtypes because candle's are an enum of `Vec`s and a unit struct: no packed weights,
 //! no thread setting, no room for a pool.
 
+mod cores;
 mod kernels;
 mod storage;
 
@@ -22,12 +23,13 @@ pub use storage::Storage;
 pub struct Device(Arc<rayon::ThreadPool>);
 
 impl Device {
-    /// A device whose kernels run on `threads` threads; 0 means one for each core.
+    /// A device whose kernels run on `threads` threads; 0 means one for each physical core.
     ///
     /// # Errors
     /// If the threads cannot be started, or the environment asks for kernels that are not here.
     pub fn with_threads(threads: usize) -> Result<Self> {
         kernels::check_path()?;
+        let threads = if threads == 0 { cores::physical() } else { threads };
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|index| format!("kernel-{index}"))
