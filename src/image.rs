@@ -5,6 +5,11 @@ use std::fmt;
 
 use crate::error::{Error, Result};
 
+/// Keyword of the text chunk with what AUTOMATIC1111's web UI and others read.
+pub const PARAMETERS_KEYWORD: &str = "parameters";
+/// Keyword of the iTXt chunk with the record of JSON.
+pub const RECORD_KEYWORD: &str = "tiny-sd";
+
 /// Height and width of a picture or a part of it, in pixels; never a bare pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ImageSize {
@@ -76,15 +81,16 @@ impl Picture {
     }
 
     /// The picture as a PNG file, with the parameters in the text chunk `parameters` that
-    /// AUTOMATIC1111's web UI writes and other tools read: tEXt if Latin-1 can say it, else iTXt.
+    /// AUTOMATIC1111's web UI writes and other tools read, tEXt if Latin-1 can say it, else iTXt;
+    /// and with a `record` of JSON, which loses nothing, in the iTXt chunk [`RECORD_KEYWORD`].
     ///
     /// # Errors
     /// If a side does not fit a PNG's 32 bits.
-    pub fn to_png(&self, parameters: &Parameters) -> Result<Vec<u8>> {
-        self.encode(Some(parameters))
+    pub fn to_png(&self, parameters: &Parameters, record: &str) -> Result<Vec<u8>> {
+        self.encode(Some((parameters, record)))
     }
 
-    fn encode(&self, parameters: Option<&Parameters>) -> Result<Vec<u8>> {
+    fn encode(&self, texts: Option<(&Parameters, &str)>) -> Result<Vec<u8>> {
         let side = |side: usize| {
             u32::try_from(side).map_err(|_| Error::other(format!("{} fits no PNG", self.size)))
         };
@@ -93,10 +99,11 @@ impl Picture {
         let mut encoder = png::Encoder::new(&mut file, width, height);
         encoder.set_color(png::ColorType::Rgb);
         encoder.set_depth(png::BitDepth::Eight);
-        let written = parameters.map_or(Ok(()), |parameters| {
+        let written = texts.map_or(Ok(()), |(parameters, record)| {
+            encoder.add_itxt_chunk(RECORD_KEYWORD.to_owned(), record.to_owned())?;
             // A text chunk cannot hold NUL, and nothing may be left out unseen.
             let text = parameters.to_string().replace('\0', "\u{fffd}");
-            let keyword = "parameters".to_owned();
+            let keyword = PARAMETERS_KEYWORD.to_owned();
             if text.chars().all(|c| u32::from(c) < 256) {
                 encoder.add_text_chunk(keyword, text)
             } else {
@@ -236,15 +243,27 @@ mod tests {
         ] {
             let parameters = Parameters { prompt: prompt.into(), ..parameters() };
             let picture = gradient(ImageSize { height: 8, width: 24 });
-            let (back, latin1, utf8) = read(&picture.to_png(&parameters).unwrap());
+            let (back, latin1, utf8) = read(&picture.to_png(&parameters, "{}").unwrap());
             assert!(back == picture, "{prompt:?}");
             let text = Some(parameters.to_string());
             let expected = if is_latin1 { (text, None) } else { (None, text) };
             assert_eq!((latin1, utf8), expected, "{prompt:?}");
         }
         let nul = Parameters { prompt: "a\0b".into(), ..parameters() };
-        let png = gradient(ImageSize { height: 1, width: 1 }).to_png(&nul).unwrap();
+        let png = gradient(ImageSize { height: 1, width: 1 }).to_png(&nul, "{}").unwrap();
         assert!(read(&png).2.unwrap().starts_with("a\u{fffd}b\n"));
+    }
+
+    #[test]
+    fn a_record_is_in_a_chunk_of_its_own_as_it_is() {
+        let record = "{\"prompt\":\"é 東京 \\u0000\"}";
+        let png =
+            gradient(ImageSize { height: 2, width: 2 }).to_png(&parameters(), record).unwrap();
+        let reader = png::Decoder::new(std::io::Cursor::new(&png)).read_info().unwrap();
+        let chunks = reader.info().utf8_text.iter();
+        let found: Vec<_> =
+            chunks.map(|chunk| (chunk.keyword.clone(), chunk.get_text().unwrap())).collect();
+        assert_eq!(found, [("tiny-sd".to_owned(), record.to_owned())]);
     }
 
     #[test]

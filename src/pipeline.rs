@@ -27,6 +27,10 @@ pub use loading::LoadOptions;
 use preview::Preview;
 use prompts::Embeddings;
 
+/// Version of the way from settings to pixels. Whoever changes pictures beyond the rounding in
+/// which kernels differ raises it: pictures of another version are not taken for those of this one.
+pub const PIPELINE_VERSION: u32 = 1;
+
 /// Steps that may be under way on a remote device while the next ones are sent: a far device does
 /// that many in a round trip, so that its speed, not the way to it, is what a picture takes.
 const RUN_AHEAD: usize = 32;

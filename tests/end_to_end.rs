@@ -10,6 +10,8 @@ use std::process::{Command, Output, Stdio};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use tiny_sd::cli::Settings;
+
 use super::golden::{Case, cases, fixtures, golden_picture, psnr};
 use super::hub::server::{Model, Request, Server};
 
@@ -74,6 +76,42 @@ pub fn read_png(path: &Path) -> (Vec<u8>, String) {
         latin.chain(international.map(|chunk| chunk.get_text().unwrap())).collect();
     assert_eq!(texts.len(), 1, "{texts:?}");
     (rgb, texts.remove(0))
+}
+
+/// The record that a picture carries.
+fn record(path: &Path) -> Settings {
+    let file = BufReader::new(fs::File::open(path).unwrap());
+    let reader = png::Decoder::new(file).read_info().unwrap();
+    let chunk = reader.info().utf8_text.iter().find(|chunk| chunk.keyword == "tiny-sd").unwrap();
+    Settings::from_json(&chunk.get_text().unwrap()).unwrap()
+}
+
+#[test]
+fn a_picture_carries_everything_that_determined_it() {
+    let (folder, path) = (TempDir::new().unwrap(), model("tiny"));
+    let seed = u64::MAX.to_string();
+    let paint = |name: &str, device: &str| {
+        let words = ["a\n\"fox\"", "-o", name, "-m", path.to_str().unwrap(), "-s", &seed];
+        let more = ["-g", "0.30000000000000004", "--steps", "2", "--device", device];
+        let output = run(folder.path(), &[&words[..], &more].concat(), &[("HOME", "home")]);
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        record(&folder.path().join(name))
+    };
+    let here = paint("here.png", "cpu");
+    assert_eq!(here.prompt, "a\n\"fox\"");
+    assert_eq!((here.seed, here.guidance_scale), (u64::MAX, 0.1 + 0.2));
+    assert_eq!((here.width, here.height, here.steps), (64, 64, 2));
+    assert_eq!((&here.scheduler, &*here.resolved_scheduler), (&None, "dpm++2m"));
+    assert_eq!((&*here.dtype, &*here.device), ("f32", "cpu"));
+    assert!(here.kernel_path.is_some());
+    assert_eq!(here.model.source, path.to_str().unwrap());
+    assert_eq!(here.model.weights_hash.len(), 64);
+    // The second run finds the digests in the cache.
+    let again = paint("again.png", "cpu");
+    assert_eq!(again, here);
+    let there = paint("there.png", "mock");
+    assert_eq!(there.key(), here.key());
+    assert_eq!((&*there.device, &there.model), ("mock", &here.model));
 }
 
 /// The flags that ask for a case.

@@ -149,6 +149,17 @@ pub fn client(model: &str, device: &str, output: &Path, more: &[&str]) -> Comman
     command
 }
 
+/// A picture's pixels and its `parameters`: all of it but where it was made.
+pub fn picture(path: &Path) -> (Vec<u8>, String) {
+    let file = BufReader::new(std::fs::File::open(path).unwrap());
+    let mut reader = png::Decoder::new(file).read_info().unwrap();
+    let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+    reader.next_frame(&mut pixels).unwrap();
+    let parameters = &reader.info().uncompressed_latin1_text[0];
+    assert_eq!(parameters.keyword, "parameters");
+    (pixels, parameters.text.clone())
+}
+
 /// Runs a client to its end.
 pub fn paint(model: &str, device: &str, output: &Path, more: &[&str]) -> Output {
     client(model, device, output, more).output().unwrap()

@@ -11,10 +11,10 @@ use tiny_sd::remote::quic::client::connect;
 use tiny_sd::remote::url::PairingUrl;
 use tiny_sd::remote::{PROTOCOL_VERSION, schema};
 
-use crate::processes::{Worker, client, fails, paint, succeeds};
+use crate::processes::{Worker, client, fails, paint, picture, succeeds};
 
 #[test]
-fn a_worker_makes_the_very_bytes_that_the_cpu_makes() {
+fn a_worker_makes_the_very_pixels_that_the_cpu_makes() {
     let folder = tempfile::tempdir().unwrap();
     let worker = Worker::start();
     for model in ["tiny", "sd1", "sd2"] {
@@ -23,7 +23,7 @@ fn a_worker_makes_the_very_bytes_that_the_cpu_makes() {
             let (here, there) = (folder.path().join("here.png"), folder.path().join("there.png"));
             succeeds(&paint(model, "cpu", &here, &more));
             let stderr = succeeds(&paint(model, &worker.url, &there, &more));
-            assert_eq!(std::fs::read(&here).unwrap(), std::fs::read(&there).unwrap(), "{model}");
+            assert_eq!(picture(&here), picture(&there), "{model}");
             assert!(stderr.contains(" 2 programs replayed"), "{stderr}");
         }
     }
@@ -36,8 +36,7 @@ fn a_worker_inside_of_the_process_does_too_and_several_pictures_share_one_record
     succeeds(&paint("tiny", "cpu", &here, &["--count", "2"]));
     let stderr = succeeds(&paint("tiny", "mock", &there, &["--count", "2"]));
     for n in [1, 2] {
-        let file =
-            |name: &str| std::fs::read(folder.path().join(format!("{name}-{n}.png"))).unwrap();
+        let file = |name: &str| picture(&folder.path().join(format!("{name}-{n}.png")));
         assert_eq!(file("here"), file("there"));
     }
     assert!(stderr.contains(" 5 programs replayed"), "{stderr}");
@@ -56,7 +55,7 @@ fn stages_on_devices_of_their_own_make_the_same_picture() {
         (format!("unet={url},vae=mock"), 2),
     ] {
         let stderr = succeeds(&paint("tiny", &device, &there, &[]));
-        assert_eq!(std::fs::read(&here).unwrap(), std::fs::read(&there).unwrap(), "{stderr}");
+        assert_eq!(picture(&here), picture(&there), "{stderr}");
         assert_eq!(stderr.matches("worker 127.0.0.1:").count(), links, "{stderr}");
     }
 }
@@ -113,7 +112,7 @@ fn several_clients_at_once_get_their_own_pictures() {
         let here = folder.path().join("here.png");
         succeeds(&paint("tiny", "cpu", &here, &["-s", seed]));
         let there = folder.path().join(format!("there-{seed}.png"));
-        assert_eq!(std::fs::read(&here).unwrap(), std::fs::read(&there).unwrap(), "{seed}");
+        assert_eq!(picture(&here), picture(&there), "{seed}");
     }
 }
 

@@ -48,9 +48,10 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("rustls", &["src/remote/"]),
     ("rcgen", &["src/remote/"]),
     ("subtle", &["src/remote/"]),
-    ("Serialize", &["src/remote/"]),
-    // Reading JSON files; what goes over the wire.
-    ("Deserialize", &["src/weights/", "src/remote/"]),
+    // What goes over the wire; what pictures carry.
+    ("Serialize", &["src/remote/", "src/cli/"]),
+    // Reading JSON files as well.
+    ("Deserialize", &["src/weights/", "src/remote/", "src/cli/"]),
     ("ureq", &["src/weights/hub/"]),
     // One of the two maps files.
     ("memmap2", &["src/weights/bytes.rs", "src/backend/mapped.rs"]),

@@ -10,6 +10,7 @@ use tiny_sd::pipeline::{PictureRequest, Pipeline};
 use tiny_sd::progress::Silent;
 use tiny_sd::schedule::SchedulerKind;
 
+use super::end_to_end::read_png;
 use super::golden::{fixtures, load};
 
 /// Requests that go together: each has its own prompts and seed, and two share a prompt.
@@ -86,7 +87,7 @@ fn pictures_of_different_settings_are_not_made_together() {
 }
 
 #[test]
-fn batch_size_changes_no_file_on_any_device() {
+fn batch_size_changes_no_picture_on_any_device() {
     let run = |device: &str, batch_size: &str| -> Vec<Vec<u8>> {
         let folder = TempDir::new().unwrap();
         let model = fixtures().join("models/tiny");
@@ -106,7 +107,7 @@ fn batch_size_changes_no_file_on_any_device() {
         assert_eq!(stderr.contains("together"), batch_size != "1", "{stderr}");
         let names = std::fs::read_dir(folder.path()).unwrap();
         assert_eq!(names.count(), 3, "previews go at the end");
-        let read = |i| std::fs::read(folder.path().join(format!("x-{i}.png"))).unwrap();
+        let read = |i| read_png(&folder.path().join(format!("x-{i}.png"))).0;
         (1..=3).map(read).collect()
     };
     let alone = run("cpu", "1");

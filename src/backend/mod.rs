@@ -125,6 +125,12 @@ pub trait Device: BackendDevice + Send + Sync + 'static {
     /// For people: `cpu`, `cuda:0`, `quic://host:port` (never a token).
     fn name(&self) -> String;
 
+    /// Which kernels it has, such as `avx512`: equal ones give equal bits. `None` where it does not
+    /// say.
+    fn kernel_path(&self) -> Option<String> {
+        None
+    }
+
     /// The dtype behind `--dtype auto`: the fastest that keeps the picture.
     fn default_dtype(&self) -> DType;
 

@@ -3,16 +3,20 @@
 
 use std::path::PathBuf;
 
+use candle_core::DType;
+
+use super::identity::Pending;
 use super::interrupt;
 use super::job::Job;
 use super::model::ModelSource;
-use super::places::{OnBackend, Place, PlacedPainter, Places};
+use super::places::{OnBackend, PaintOnDevice, Place, PlacedPainter, Places};
 use super::run::Painter;
 use crate::backend::{Backend, Device as _};
 use crate::error::{Kind, Result};
 use crate::image::{ImageSize, Picture};
 use crate::pipeline::{LoadOptions, PictureRequest, Pipeline, Placement};
 use crate::progress::{Event, Progress};
+use crate::schedule::SchedulerKind;
 use crate::weights::hub::{self, Hub, HubOptions, Repository, Revision};
 use crate::weights::{Component, ModelFolder, Variant, choose, config_files, json};
 
@@ -23,14 +27,17 @@ use crate::weights::{Component, ModelFolder, Variant, choose, config_files, json
 pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
     let (folder, variant) = model(job, progress)?;
     let threads = job.threads.map_or(0, usize::from);
-    let places = Places::open(&job.device.resolve()?, threads, false, progress)?;
+    let plan = job.device.resolve()?;
+    let places = Places::open(&plan, threads, false, progress)?;
     let [text, unet, vae] = places.stages.clone();
     let watch = places.watch(progress, job.stats);
     watch.begin(Some("load"));
-    let load = Load { folder, variant, job, progress: &watch };
+    let load = Load { folder: &folder, variant: variant.as_ref(), job, progress: &watch };
     let painter = text.on(WithText { unet, vae, load })?;
     watch.begin(None);
-    Ok(Box::new(PlacedPainter { painter, places, keeps_books: job.stats }))
+    let identity = Pending::begin(folder, variant)?;
+    let device = plan.to_string();
+    Ok(Box::new(PlacedPainter { painter, places, identity, device, keeps_books: job.stats }))
 }
 
 /// The job's model on this machine's disk, and which of its weights to prefer.
@@ -48,8 +55,8 @@ pub(super) fn model(job: &Job, progress: &dyn Progress) -> Result<(ModelFolder, 
 
 /// What is the same wherever the stages are.
 struct Load<'a> {
-    folder: ModelFolder,
-    variant: Option<Variant>,
+    folder: &'a ModelFolder,
+    variant: Option<&'a Variant>,
     job: &'a Job,
     progress: &'a dyn Progress,
 }
@@ -62,7 +69,7 @@ struct WithText<'a> {
 }
 
 impl OnBackend for WithText<'_> {
-    type Output = Result<Box<dyn Painter>>;
+    type Output = Result<Box<dyn PaintOnDevice>>;
 
     fn run<T: Backend>(self, text: T::Device) -> Self::Output {
         let Self { unet, vae, load } = self;
@@ -78,7 +85,7 @@ struct WithUnet<'a, T: Backend> {
 }
 
 impl<T: Backend> OnBackend for WithUnet<'_, T> {
-    type Output = Result<Box<dyn Painter>>;
+    type Output = Result<Box<dyn PaintOnDevice>>;
 
     fn run<U: Backend>(self, unet: U::Device) -> Self::Output {
         let Self { text, vae, load } = self;
@@ -94,24 +101,48 @@ struct WithVae<'a, T: Backend, U: Backend> {
 }
 
 impl<T: Backend, U: Backend> OnBackend for WithVae<'_, T, U> {
-    type Output = Result<Box<dyn Painter>>;
+    type Output = Result<Box<dyn PaintOnDevice>>;
 
     fn run<V: Backend>(self, vae: V::Device) -> Self::Output {
         let Self { text, unet, load: Load { folder, variant, job, progress } } = self;
         let dtype = job.dtype.or(unet.default_dtype());
-        let options = LoadOptions { dtype, variant, scheduler: job.scheduler };
+        let options = LoadOptions { dtype, variant: variant.cloned(), scheduler: job.scheduler };
+        let kernel_paths = [text.kernel_path(), unet.kernel_path(), vae.kernel_path()];
         let devices = Placement::<T, U, V> { text, unet, vae };
-        Ok(Box::new(Pipeline::load(&folder, &options, devices, progress)?))
+        let pipeline = Pipeline::load(folder, &options, devices, progress)?;
+        Ok(Box::new(LoadedPainter { pipeline, dtype, kernel_paths }))
     }
 }
 
-impl<T: Backend, U: Backend, V: Backend> Painter for Pipeline<T, U, V> {
+/// A pipeline, and what of it pictures record.
+struct LoadedPainter<T: Backend, U: Backend, V: Backend> {
+    pipeline: Pipeline<T, U, V>,
+    dtype: DType,
+    /// Of the devices of the text encoder, the UNet and the VAE.
+    kernel_paths: [Option<String>; 3],
+}
+
+impl<T: Backend, U: Backend, V: Backend> PaintOnDevice for LoadedPainter<T, U, V> {
     fn default_size(&self) -> ImageSize {
-        Pipeline::default_size(self)
+        self.pipeline.default_size()
     }
 
-    fn sampler(&self) -> &str {
-        self.scheduler_kind().label()
+    fn scheduler(&self) -> SchedulerKind {
+        self.pipeline.scheduler_kind()
+    }
+
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// One name if it is the same everywhere; none if a device does not say.
+    fn kernel_path(&self) -> Option<String> {
+        let [text, unet, vae] = self.kernel_paths.each_ref().map(Option::as_deref);
+        let (text, unet, vae) = (text?, unet?, vae?);
+        match text == unet && unet == vae {
+            true => Some(text.into()),
+            false => Some(format!("text={text},unet={unet},vae={vae}")),
+        }
     }
 
     fn paint(
@@ -119,7 +150,7 @@ impl<T: Backend, U: Backend, V: Backend> Painter for Pipeline<T, U, V> {
         requests: &[PictureRequest<'_>],
         progress: &dyn Progress,
     ) -> Result<Vec<Picture>> {
-        self.paint_together(requests, progress)
+        self.pipeline.paint_together(requests, progress)
     }
 }
 

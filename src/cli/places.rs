@@ -1,15 +1,20 @@
 //! The devices of a run, opened: each worker is connected to once, whatever stages it has. Separate
 //! because this is the one match over backends.
 
+use candle_core::DType;
+
 use super::device::{DevicePlan, DeviceSpec};
+use super::identity::{Identity, Pending};
 use super::remote::Link;
 use super::run::Painter;
+use super::settings::Provenance;
 use crate::backend::{Backend, cpu};
 use crate::error::Result;
 use crate::image::{ImageSize, Picture};
 use crate::pipeline::PictureRequest;
 use crate::progress::{Event, Progress};
 use crate::remote;
+use crate::schedule::SchedulerKind;
 
 /// An open device.
 #[derive(Clone)]
@@ -140,11 +145,40 @@ impl Progress for Watch<'_> {
     }
 }
 
+/// A loaded model on whatever devices.
+pub(super) trait PaintOnDevice {
+    /// The size that the model was trained for.
+    fn default_size(&self) -> ImageSize;
+
+    /// The scheduler that pictures are made with.
+    fn scheduler(&self) -> SchedulerKind;
+
+    /// Number type of the computation.
+    fn dtype(&self) -> DType;
+
+    /// Which kernels the devices have, where they say.
+    fn kernel_path(&self) -> Option<String>;
+
+    /// As [`Painter::paint`].
+    ///
+    /// # Errors
+    /// As [`Painter::paint`].
+    fn paint(
+        &mut self,
+        requests: &[PictureRequest<'_>],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Picture>>;
+}
+
 /// A painter, and the devices that it needs.
 pub(super) struct PlacedPainter {
     // Dropped before the links: its buffers are freed over there.
-    pub painter: Box<dyn Painter>,
+    pub painter: Box<dyn PaintOnDevice>,
     pub places: Places,
+    /// The model by its content.
+    pub identity: Pending,
+    /// The devices, without tokens.
+    pub device: String,
     /// Whether each stage's figures are asked for.
     pub keeps_books: bool,
 }
@@ -155,7 +189,7 @@ impl Painter for PlacedPainter {
     }
 
     fn sampler(&self) -> &str {
-        self.painter.sampler()
+        self.painter.scheduler().label()
     }
 
     fn paint(
@@ -166,6 +200,18 @@ impl Painter for PlacedPainter {
         let watch = self.places.watch(progress, self.keeps_books);
         watch.begin(Some("text"));
         self.painter.paint(requests, &watch)
+    }
+
+    fn provenance(&mut self) -> Result<Provenance> {
+        let Identity { weights_hash, config_hash } = self.identity.wait()?;
+        Ok(Provenance {
+            scheduler: self.painter.scheduler().name().into(),
+            dtype: self.painter.dtype().as_str().into(),
+            weights_hash,
+            config_hash,
+            device: self.device.clone(),
+            kernel_path: self.painter.kernel_path(),
+        })
     }
 
     fn statistics(&self) -> Vec<String> {

@@ -10,6 +10,7 @@ use super::interrupt;
 use super::job::Job;
 use super::output::Target;
 use super::previews::Previews;
+use super::settings::{Provenance, Settings};
 use super::values::Verbosity;
 use crate::backend::cpu;
 use crate::error::Result;
@@ -25,6 +26,13 @@ pub trait Painter {
 
     /// The scheduler's name in AUTOMATIC1111's spelling, such as `DPM++ 2M`.
     fn sampler(&self) -> &str;
+
+    /// What of a picture's record the model and its devices decide; waits for the model's hash if
+    /// that is not computed yet.
+    ///
+    /// # Errors
+    /// If the model's files cannot be read any more.
+    fn provenance(&mut self) -> Result<Provenance>;
 
     /// What the devices that keep books did so far, as lines.
     fn statistics(&self) -> Vec<String> {
@@ -154,6 +162,7 @@ fn paint(
     // Whoever interrupts does not want the pictures that were nearly done.
     display.check()?;
     let pace = pace(pictures.len(), display.times(), start);
+    let provenance = painter.provenance()?;
     for ((request, target), picture) in requests.iter().zip(&targets).zip(&painted) {
         let parameters = Parameters {
             prompt: job.prompt.clone(),
@@ -165,7 +174,8 @@ fn paint(
             size: picture.size(),
             model: job.model.short_name(),
         };
-        let path = files::write(target, &picture.to_png(&parameters)?)?;
+        let settings = Settings::new(job, request.seed, picture.size(), provenance.clone());
+        let path = files::write(target, &picture.to_png(&parameters, &settings.to_json())?)?;
         let name = path.map_or("standard output".to_owned(), |path| path.display().to_string());
         display.line(format!(
             "{name}: seed {}, {}, {} step{} in {pace}",
@@ -216,6 +226,17 @@ mod tests {
 
         fn sampler(&self) -> &str {
             "DPM++ 2M"
+        }
+
+        fn provenance(&mut self) -> Result<Provenance> {
+            Ok(Provenance {
+                scheduler: "dpm++2m".into(),
+                dtype: "f32".into(),
+                weights_hash: "00".repeat(32),
+                config_hash: "11".repeat(32),
+                device: "cpu".into(),
+                kernel_path: None,
+            })
         }
 
         fn paint(

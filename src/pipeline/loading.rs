@@ -18,10 +18,7 @@ use crate::nn::Loader;
 use crate::progress::{Event, Progress};
 use crate::schedule::{SchedulerConfig, SchedulerKind};
 use crate::tokenizer::Tokenizer;
-use crate::weights::{Checkpoint, Component, ModelFolder, Variant};
-
-/// How the names of weights begin that no picture needs: the way from pixels to latents.
-const UNUSED: [&str; 2] = ["encoder.", "quant_conv."];
+use crate::weights::{Checkpoint, Component, ModelFolder, Variant, names};
 
 /// How a model is loaded.
 #[derive(Debug, Clone)]
@@ -136,11 +133,11 @@ impl<'a> Loading<'a> {
 
     /// The weights of the components that are `chosen`.
     fn announce_on<B: Backend>(&self, device: &B::Device, chosen: [bool; 3]) -> Result<()> {
-        let is_used = |name: &str| !UNUSED.iter().any(|start| name.starts_with(start));
         let chosen = self.checkpoints.iter().zip(chosen).filter(|(_, is_chosen)| *is_chosen);
-        let all = chosen.flat_map(|((_, checkpoint), _)| checkpoint.iter());
-        let tensors: Vec<_> =
-            all.filter(|(name, _)| is_used(name)).map(|(_, tensor)| tensor).collect();
+        let used = chosen.flat_map(|((component, checkpoint), _)| {
+            checkpoint.iter().filter(|(name, _)| names::is_used(*component, name))
+        });
+        let tensors: Vec<_> = used.map(|(_, tensor)| tensor).collect();
         if tensors.is_empty() {
             return Ok(());
         }

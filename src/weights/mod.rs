@@ -11,6 +11,7 @@ use std::path::Path;
 
 pub use choice::{Choice, Component, Format, Variant, choose, config_files};
 pub use folder::ModelFolder;
+pub use identity::{UsedTensors, config_hash};
 pub use mismatch::Mismatch;
 
 use crate::backend::host::HostTensor;
@@ -20,6 +21,7 @@ mod bytes;
 mod choice;
 mod folder;
 pub mod hub;
+mod identity;
 pub mod json;
 mod mismatch;
 pub mod names;

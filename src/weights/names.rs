@@ -18,6 +18,17 @@ const POSITION_IDS: &str = "embeddings.position_ids";
 const VAE_ATTENTION: [(&str, &str); 4] =
     [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")];
 
+/// How the names of the VAE's weights begin that no picture needs: the way from pixels to latents.
+const ENCODER: [&str; 2] = ["encoder.", "quant_conv."];
+
+/// Whether pictures need a component's tensor, by its [`canonical`] name.
+pub fn is_used(component: Component, name: &str) -> bool {
+    match component {
+        Component::TextEncoder | Component::Unet => true,
+        Component::Vae => !ENCODER.iter().any(|start| name.starts_with(start)),
+    }
+}
+
 /// Today's name of a component's tensor, or `None` for one that is not a weight.
 pub fn canonical(component: Component, name: &str) -> Option<Cow<'_, str>> {
     match component {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::local;
-use crate::processes::{Worker, paint, succeeds, weight_bytes};
+use crate::processes::{Worker, paint, picture, succeeds, weight_bytes};
 
 /// Flips a bit, cuts off, empties and deletes: bytes of the weights that are lost by it.
 fn damage(worker: &Worker) -> u64 {
@@ -44,7 +44,7 @@ fn damaged_weights_are_noticed_and_sent_again() {
             worker = Worker::start_in(worker.kill(), &[]);
         }
         let stderr = succeeds(&paint("tiny", &worker.url, &output, &[]));
-        assert!(std::fs::read(&output).unwrap() == expected, "another picture");
+        assert!(picture(&output) == expected, "another picture");
         assert_eq!(weight_bytes(&stderr), lost);
         assert_eq!(worker.log().matches("it will be sent again").count(), 3, "{}", worker.log());
     }
@@ -63,12 +63,12 @@ fn a_full_disk_is_one_warning_and_the_picture_is_right() {
     shell.arg(env!("CARGO_BIN_EXE_tiny-sd"));
     let worker = Worker::start_by(shell, tempfile::tempdir().unwrap(), &[]);
     succeeds(&paint("tiny", &worker.url, &output, &[]));
-    assert!(std::fs::read(&output).unwrap() == expected, "another picture");
+    assert!(picture(&output) == expected, "another picture");
     let log = worker.log();
     assert_eq!(log.matches("WARN").count(), 1, "{log}");
     assert!(log.contains("cache of weights cannot be written"), "{log}");
     // What is in memory is there for others as well.
     let second = succeeds(&paint("tiny", &worker.url, &output, &[]));
     assert_eq!(weight_bytes(&second), 0);
-    assert!(std::fs::read(&output).unwrap() == expected, "another picture");
+    assert!(picture(&output) == expected, "another picture");
 }

@@ -14,7 +14,7 @@ mod signals;
 use std::hash::{BuildHasher, Hasher};
 use std::path::Path;
 
-use crate::processes::{paint, succeeds};
+use crate::processes::{paint, picture, succeeds};
 use crate::udp_proxy::random;
 
 /// Random numbers from a seed that is printed.
@@ -44,11 +44,11 @@ impl Dice {
     }
 }
 
-/// The bytes of the picture that the CPU makes here.
-fn local(folder: &Path, more: &[&str]) -> Vec<u8> {
+/// The picture that the CPU makes here.
+fn local(folder: &Path, more: &[&str]) -> (Vec<u8>, String) {
     let path = folder.join("local.png");
     succeeds(&paint("tiny", "cpu", &path, more));
-    std::fs::read(path).unwrap()
+    picture(&path)
 }
 
 /// What a client left of its output: all files beside those that it caches.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Dice, local};
-use crate::processes::{Worker, paint, succeeds};
+use crate::processes::{Worker, paint, picture, succeeds};
 use crate::udp_proxy::{Blackout, Faults, UdpProxy};
 
 /// How much of the weights has to cross the network as well.
@@ -30,7 +30,7 @@ fn check(faults: Faults, upload: Upload) -> u64 {
     let proxy = UdpProxy::start(worker.address(), faults);
     let there = folder.path().join("there.png");
     succeeds(&paint("tiny", &worker.url_at(proxy.address()), &there, &[]));
-    assert!(std::fs::read(there).unwrap() == expected, "another picture");
+    assert!(picture(&there) == expected, "another picture");
     assert_eq!(proxy.lost() > 0, faults.loss > 0.0 || faults.blackout.is_some());
     proxy.packets()
 }

@@ -5,7 +5,7 @@ use tiny_sd::remote::hello::Hello;
 use tiny_sd::remote::{PROTOCOL_VERSION, schema};
 
 use super::{local, outputs};
-use crate::processes::{Running, Worker, client, fails, paint, succeeds};
+use crate::processes::{Running, Worker, client, fails, paint, picture, succeeds};
 use crate::quic::ends;
 use crate::udp_proxy::{Faults, UdpProxy};
 
@@ -89,9 +89,9 @@ fn who_guesses_tokens_is_slowed_down_and_nobody_else() {
     worker.logs("refused address=127.0.0.2");
     let other = folder.path().join("other.png");
     succeeds(&paint("tiny", &worker.url, &other, &["--steps", "30"]));
-    assert!(std::fs::read(&other).unwrap() == expected, "another picture");
+    assert!(picture(&other) == expected, "another picture");
     succeeds(&running.end());
-    assert!(std::fs::read(&output).unwrap() == expected, "another picture");
+    assert!(picture(&output) == expected, "another picture");
 
     let lines: Vec<_> = guesses.into_iter().map(|guess| fails(&guess.end())).collect();
     let heard = lines.iter().filter(|line| line.contains("refused the token")).count();

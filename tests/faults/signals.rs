@@ -4,7 +4,7 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use super::{local, outputs};
-use crate::processes::{Running, Worker, client, fails, paint, signal, succeeds};
+use crate::processes::{Running, Worker, client, fails, paint, picture, signal, succeeds};
 use crate::udp_proxy::{Faults, UdpProxy};
 
 #[test]
@@ -31,7 +31,7 @@ fn ctrl_c_at_a_client_cancels_its_work_at_the_worker() {
     assert_eq!(outputs(folder.path()), ["other.png"]);
     // The one place is free, and nothing is in the way.
     succeeds(&paint("tiny", &worker.url, &other, &[]));
-    assert!(std::fs::read(&other).unwrap() == local(folder.path(), &[]), "another picture");
+    assert!(picture(&other) == local(folder.path(), &[]), "another picture");
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn a_worker_that_is_asked_to_end_finishes_what_runs_and_takes_nobody_new() {
     let line = fails(&paint("tiny", &worker.url, &other, &[]));
     assert!(line.contains("shutting down"), "{line}");
     succeeds(&running.end());
-    assert!(std::fs::read(&output).unwrap() == expected, "another picture");
+    assert!(picture(&output) == expected, "another picture");
     assert_eq!(worker.end(), Some(0));
 }
 

@@ -109,6 +109,10 @@ impl super::Device for Device {
         "cpu".into()
     }
 
+    fn kernel_path(&self) -> Option<String> {
+        Some(kernels::path().into())
+    }
+
     fn default_dtype(&self) -> DType {
         DType::F32
     }

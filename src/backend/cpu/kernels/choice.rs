@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 /// The environment variable that names a path.
 const VARIABLE: &str = "TINY_SD_ISA";
 
-/// A way through the kernels. Each gives pictures of its own bits: products are rounded differently.
+/// A way through the kernels. Each gives pictures of its own bits: products are rounded in other
+/// ways.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "other processors have none"))]
 pub enum Path {

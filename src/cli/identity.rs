@@ -1,0 +1,74 @@
+//! The hashes of the model in use, computed while its first picture is being made. Separate because
+//! nothing waits for them before a picture is there: the weights of a model take a second to read.
+
+use std::sync::OnceLock;
+use std::thread::JoinHandle;
+use std::time::SystemTime;
+
+use crate::error::{Error, Result};
+use crate::remote::digests::Digests;
+use crate::weights::{ModelFolder, UsedTensors, Variant, config_hash};
+
+/// What a model is by its content.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Identity {
+    /// Of the weights.
+    pub weights_hash: String,
+    /// Of the configurations and the tokenizer.
+    pub config_hash: String,
+}
+
+impl Identity {
+    /// Of a model in a folder. Digests of weights that earlier runs computed are not computed
+    /// again while their files are the same.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn of(folder: &ModelFolder, variant: Option<&Variant>) -> Result<Self> {
+        let now = SystemTime::now();
+        let tensors = UsedTensors::open(folder, variant)?;
+        let stored = tensors.as_stored();
+        let digests = Digests::of_user();
+        if let Some(digests) = &digests {
+            digests.recall(&stored);
+        }
+        let weights_hash = tensors.hash();
+        if let Some(digests) = &digests {
+            digests.keep(&stored, now);
+        }
+        Ok(Self { weights_hash, config_hash: config_hash(folder)? })
+    }
+}
+
+/// An [`Identity`] that is being found out.
+pub(super) struct Pending {
+    found: OnceLock<Result<Identity>>,
+    thread: Option<JoinHandle<Result<Identity>>>,
+}
+
+impl Pending {
+    /// Begins to find it out.
+    ///
+    /// # Errors
+    /// If no thread can be started.
+    pub fn begin(folder: ModelFolder, variant: Option<Variant>) -> Result<Self> {
+        let work = move || Identity::of(&folder, variant.as_ref());
+        let thread = std::thread::Builder::new().name("identity".into()).spawn(work);
+        let thread =
+            thread.map_err(|error| Error::other(format!("cannot start a thread: {error}")))?;
+        Ok(Self { found: OnceLock::new(), thread: Some(thread) })
+    }
+
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// If a file could not be read.
+    pub fn wait(&mut self) -> Result<Identity> {
+        let thread = self.thread.take();
+        let found = self.found.get_or_init(|| match thread.map(JoinHandle::join) {
+            Some(Ok(found)) => found,
+            Some(Err(_)) | None => Err(Error::other("the model's hash could not be computed")),
+        });
+        found.clone()
+    }
+}

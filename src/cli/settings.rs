@@ -1,0 +1,272 @@
+//! The record of a picture: everything that determined it, without loss, and the key that says
+//! whether two records make the same picture. Separate because pictures carry it, batches keep
+//! their books by it, and `--from` and `verify` read it again, perhaps from a newer tiny-sd.
+
+use serde::{Deserialize, Serialize};
+
+use super::job::Job;
+use super::model::ModelSource;
+use crate::error::{Error, Result};
+use crate::image::ImageSize;
+use crate::pipeline::PIPELINE_VERSION;
+
+/// Version of the record's fields. Fields are added without another version, since readers skip
+/// those that they do not know; one that changes its meaning gives another version.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// Longest record that is read, in bytes: two prompts, escaped, fit.
+pub const MAX_RECORD_BYTES: usize = 1 << 20;
+
+/// How a picture was made. Every number comes back as it was: seeds have 64 bits.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Version of the fields of who wrote it.
+    pub schema: u32,
+    /// Who wrote it, such as `0.1.0`.
+    pub version: String,
+    /// [`PIPELINE_VERSION`] of who wrote it.
+    pub pipeline: u32,
+    /// The prompt as the user gave it, whole, also where the model did not see its end.
+    pub prompt: String,
+    /// The prompt as the text encoder got it. So far it is always `prompt`.
+    pub resolved_prompt: String,
+    /// What the picture should not show; empty for nothing.
+    pub negative_prompt: String,
+    /// Seed of the noise.
+    pub seed: u64,
+    /// Steps of the scheduler.
+    pub steps: u64,
+    /// The weight of classifier-free guidance.
+    pub guidance_scale: f64,
+    /// Columns of pixels.
+    pub width: u64,
+    /// Rows of pixels.
+    pub height: u64,
+    /// The scheduler that was asked for by its name for `--scheduler`; none is the model's own.
+    pub scheduler: Option<String>,
+    /// The scheduler that was used.
+    pub resolved_scheduler: String,
+    /// Number type of the computation: `f32`, `f16` or `bf16`.
+    pub dtype: String,
+    /// The model.
+    pub model: ModelRecord,
+    /// Where it was computed, without tokens, such as `cpu` or `quic://host:4433`.
+    pub device: String,
+    /// Which kernels the device has, such as `avx512`; none where it does not say.
+    pub kernel_path: Option<String>,
+}
+
+/// The model of a picture, by name and by content.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelRecord {
+    /// A repository of the hub, or a folder as the user wrote it.
+    pub source: String,
+    /// Branch, tag or commit that was asked for.
+    pub revision: Option<String>,
+    /// Which of several forms of the weights was asked for, such as `fp16`.
+    pub variant: Option<String>,
+    /// Of the weights: [`UsedTensors::hash`](crate::weights::UsedTensors::hash).
+    pub weights_hash: String,
+    /// Of what says how they are used: [`config_hash`](crate::weights::config_hash).
+    pub config_hash: String,
+}
+
+/// What of a record the loaded model and its devices decide.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Provenance {
+    /// The scheduler of jobs that name none.
+    pub scheduler: String,
+    /// See [`Settings::dtype`].
+    pub dtype: String,
+    /// See [`ModelRecord::weights_hash`].
+    pub weights_hash: String,
+    /// See [`ModelRecord::config_hash`].
+    pub config_hash: String,
+    /// See [`Settings::device`].
+    pub device: String,
+    /// See [`Settings::kernel_path`].
+    pub kernel_path: Option<String>,
+}
+
+impl Settings {
+    /// The record of one of a job's pictures.
+    pub fn new(job: &Job, seed: u64, size: ImageSize, provenance: Provenance) -> Self {
+        let scheduler = job.scheduler.map(|kind| kind.name().to_owned());
+        Self {
+            schema: SCHEMA_VERSION,
+            version: env!("CARGO_PKG_VERSION").into(),
+            pipeline: PIPELINE_VERSION,
+            prompt: job.prompt.clone(),
+            resolved_prompt: job.prompt.clone(),
+            negative_prompt: job.negative_prompt.clone(),
+            seed,
+            steps: job.steps.get() as u64,
+            guidance_scale: job.guidance_scale.get(),
+            width: size.width as u64,
+            height: size.height as u64,
+            scheduler: scheduler.clone(),
+            resolved_scheduler: scheduler.unwrap_or(provenance.scheduler),
+            dtype: provenance.dtype,
+            model: ModelRecord {
+                source: match &job.model {
+                    ModelSource::Hub(name) => name.clone(),
+                    ModelSource::Folder(path) => path.to_string_lossy().into_owned(),
+                },
+                revision: job.revision.as_ref().map(|name| name.as_str().into()),
+                variant: job.variant.as_ref().map(|name| name.as_str().into()),
+                weights_hash: provenance.weights_hash,
+                config_hash: provenance.config_hash,
+            },
+            device: provenance.device,
+            kernel_path: provenance.kernel_path,
+        }
+    }
+
+    /// BLAKE3-256, in hexadecimal digits, of what determines the picture: `pipeline`,
+    /// `resolved_prompt`, `negative_prompt`, `seed`, `steps`, `guidance_scale`, `width`, `height`,
+    /// `resolved_scheduler`, `dtype`, `weights_hash` and `config_hash`.
+    ///
+    /// Not in it: what only names these things (`prompt`, `scheduler`, the model's `source`,
+    /// `revision` and `variant`), who wrote it (`schema`, `version`), and where it was made
+    /// (`device`, `kernel_path`): where the kernels are the same, so are the pictures, and where
+    /// they are not, the pictures differ by rounding.
+    pub fn key(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        let mut add = |name: &str, value: &[u8]| {
+            hasher.update(format!("{name} {}\n", value.len()).as_bytes()).update(value);
+        };
+        add("pipeline", &self.pipeline.to_le_bytes());
+        add("resolved_prompt", self.resolved_prompt.as_bytes());
+        add("negative_prompt", self.negative_prompt.as_bytes());
+        add("seed", &self.seed.to_le_bytes());
+        add("steps", &self.steps.to_le_bytes());
+        add("guidance_scale", &self.guidance_scale.to_bits().to_le_bytes());
+        add("width", &self.width.to_le_bytes());
+        add("height", &self.height.to_le_bytes());
+        add("resolved_scheduler", self.resolved_scheduler.as_bytes());
+        add("dtype", self.dtype.as_bytes());
+        add("weights_hash", self.model.weights_hash.as_bytes());
+        add("config_hash", self.model.config_hash.as_bytes());
+        hasher.finalize().to_hex().to_string()
+    }
+
+    /// The record as one line of JSON.
+    pub fn to_json(&self) -> String {
+        // Of strings and finite numbers; there is nothing that could fail.
+        serde_json::to_string(self).unwrap_or_default()
+    }
+
+    /// Reads a record, which anybody may have written.
+    ///
+    /// # Errors
+    /// If it is too long or no record: says which field.
+    pub fn from_json(text: &str) -> Result<Self> {
+        if text.len() > MAX_RECORD_BYTES {
+            return Err(Error::other(format!(
+                "its record has {} bytes, more than {MAX_RECORD_BYTES}",
+                text.len()
+            )));
+        }
+        serde_json::from_str(text)
+            .map_err(|error| Error::other(format!("its record cannot be read: {error}")))
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::cli::job::tests::job_of;
+
+    pub fn settings() -> Settings {
+        let job = job_of("a fox|-s|18446744073709551615|-g|7.1|-n|blurry|--steps|3|-m|org/name");
+        let provenance = Provenance {
+            scheduler: "ddim".into(),
+            dtype: "f32".into(),
+            weights_hash: "ab".repeat(32),
+            config_hash: "cd".repeat(32),
+            device: "cpu".into(),
+            kernel_path: Some("avx512".into()),
+        };
+        Settings::new(&job, job.seed, ImageSize { height: 64, width: 128 }, provenance)
+    }
+
+    #[test]
+    fn a_record_comes_back_as_it_was_with_every_bit_of_its_numbers() {
+        for guidance_scale in [0.0, 7.5, 0.1 + 0.2, f64::MIN_POSITIVE, 999.999_999_999_999_9] {
+            for prompt in ["", "a\n\"b\"\\ \0 \u{7f} é 東京 👩‍🎨", "Negative prompt: x\nSteps: 1"]
+            {
+                let before = Settings { guidance_scale, prompt: prompt.into(), ..settings() };
+                let after = Settings::from_json(&before.to_json()).unwrap();
+                assert_eq!(after, before);
+                assert_eq!(after.seed, u64::MAX);
+                assert_eq!(after.guidance_scale.to_bits(), guidance_scale.to_bits());
+                assert_eq!(after.key(), before.key());
+            }
+        }
+    }
+
+    #[test]
+    fn a_newer_record_is_read_and_what_is_none_is_named() {
+        let json = settings().to_json();
+        let newer = json.replacen('{', "{\"from_the_future\":[1,{}],", 1);
+        assert_eq!(Settings::from_json(&newer).unwrap(), settings());
+        let long = format!("{json}{}", " ".repeat(MAX_RECORD_BYTES));
+        for (text, expected) in [
+            ("", "cannot be read"),
+            ("[]", "cannot be read"),
+            (&*json.replacen("\"seed\"", "\"sead\"", 1), "missing field `seed`"),
+            (&*json.replacen("18446744073709551615", "-1", 1), "-1"),
+            (&*"[".repeat(1 << 19), "cannot be read"),
+            (&*long, "more than 1048576"),
+        ] {
+            let error = Settings::from_json(text).unwrap_err().to_string();
+            assert!(error.contains(expected) && !error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_key_changes_with_what_determines_the_picture_and_with_nothing_else() {
+        type Change = fn(&mut Settings);
+        let key = settings().key();
+        let check = |changes: &[Change], is_other: bool| {
+            for (index, change) in changes.iter().enumerate() {
+                let mut changed = settings();
+                change(&mut changed);
+                assert_ne!(changed, settings(), "{index}");
+                assert_eq!(changed.key() != key, is_other, "{index}");
+            }
+        };
+        check(
+            &[
+                |s| s.pipeline += 1,
+                |s| s.resolved_prompt.push(' '),
+                |s| s.negative_prompt.clear(),
+                |s| s.seed -= 1,
+                |s| s.steps += 1,
+                |s| s.guidance_scale = s.guidance_scale.next_up(),
+                |s| (s.width, s.height) = (s.height, s.width),
+                |s| s.resolved_scheduler = "euler".into(),
+                |s| s.dtype = "f16".into(),
+                |s| s.model.weights_hash = s.model.config_hash.clone(),
+                |s| s.model.config_hash.clear(),
+                // The border between two texts is part of them.
+                |s| (s.resolved_prompt, s.negative_prompt) = ("a foxb".into(), "lurry".into()),
+            ],
+            true,
+        );
+        check(
+            &[
+                |s| s.schema += 1,
+                |s| s.version.push('1'),
+                |s| s.prompt.push(' '),
+                |s| s.scheduler = Some("ddim".into()),
+                |s| s.model.source.clear(),
+                |s| s.model.revision = Some("v1".into()),
+                |s| s.model.variant = Some("fp16".into()),
+                |s| s.device = "mock".into(),
+                |s| s.kernel_path = None,
+            ],
+            false,
+        );
+    }
+}
