@@ -187,6 +187,30 @@ fn a_model_folder_and_a_prompt_become_diffusers_picture_and_say_how() {
     }
 }
 
+#[test]
+fn stats_say_what_each_stage_took_here_and_what_memory_it_needed() {
+    let (folder, path) = (TempDir::new().unwrap(), model("tiny"));
+    let words = ["a fox", "--stats", "--steps=3", "--count=2", "-m", path.to_str().unwrap()];
+    let words = [&words[..], &["-o", "out.png", "--batch-size=1", "--threads=1"]].concat();
+    let output = run(folder.path(), &words, &[("TINY_SD_ISA", "portable")]);
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    let words: Vec<Vec<&str>> =
+        stderr.lines().skip(2).map(|line| line.split_whitespace().collect()).collect();
+    let [title, head, stages @ .., memory] = words.as_slice() else { panic!("{stderr}") };
+    assert_eq!(title.join(" "), "cpu: 1 thread, kernels portable");
+    assert_eq!(head.join(" "), "stage seconds steps s/step");
+    let named: Vec<_> = stages.iter().map(|stage| (stage[0], stage.get(2).copied())).collect();
+    // DPM++ 2M evaluates once a step.
+    let expected = [("load", None), ("text", None), ("unet", Some("6")), ("vae", None)];
+    assert_eq!(named, expected, "{stderr}");
+    assert!(stages.iter().all(|stage| stage[1].parse::<f64>().unwrap() > 0.0), "{stderr}");
+    if cfg!(target_os = "linux") {
+        assert_eq!(memory[..2], ["this", "process:"]);
+        assert!(memory[2].parse::<u64>().unwrap() > 5, "{stderr}");
+    }
+}
+
 /// A hub that has the fixture `name` as `org/name`.
 fn hub(name: &str) -> Server {
     let folder = model(name);

@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use clap::{CommandFactory, FromArgMatches, Parser};
 
 use super::args::Args;
+use super::books;
 use super::device::DevicePlan;
 use super::display::Display;
 use super::interrupt;
@@ -128,7 +129,8 @@ pub fn compare(compare: &CompareJob) -> Result<ExitCode> {
     let outcome = a.on(WithFirst { second: b, run: &run })?;
     if job.stats {
         let lines = [first.statistics(), second.statistics()].concat();
-        lines.into_iter().for_each(|line| display.line(line));
+        let lines = lines.into_iter().chain(books::peak_memory());
+        lines.for_each(|line| display.line(line));
     }
     let (text, code) = match outcome {
         Outcome::Same(text) => (text, ExitCode::SUCCESS),

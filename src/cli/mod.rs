@@ -4,6 +4,7 @@
 //! through [`Painter`].
 
 mod args;
+mod books;
 mod command;
 mod compare;
 mod device;

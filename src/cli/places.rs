@@ -1,8 +1,12 @@
 //! The devices of a run, opened: each worker is connected to once, whatever stages it has. Separate
 //! because this is the one match over backends.
 
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
 use candle_core::DType;
 
+use super::books::Books;
 use super::device::{DevicePlan, DeviceSpec};
 use super::identity::{Identity, Pending};
 use super::remote::Link;
@@ -49,6 +53,8 @@ pub(super) struct Places {
     /// Of the text encoder, the UNet and the VAE, in this order.
     pub stages: [Place; 3],
     links: Vec<Link>,
+    /// Of what is done here.
+    books: Mutex<Books>,
 }
 
 impl Places {
@@ -86,7 +92,7 @@ impl Places {
         };
         let [text, unet, vae] = &plan.stages;
         let stages = [open(text)?, open(unet)?, open(vae)?];
-        Ok(Self { stages, links })
+        Ok(Self { stages, links, books: Mutex::default() })
     }
 }
 
@@ -96,22 +102,33 @@ impl Places {
         !self.links.is_empty()
     }
 
-    /// What the sessions with workers did so far, as lines.
+    /// What this processor and the sessions with workers did so far, as lines.
     pub fn statistics(&self) -> Vec<String> {
-        self.links.iter().flat_map(Link::statistics).collect()
+        let mut local = None;
+        let mut elsewhere = Vec::new();
+        for (place, name) in self.stages.iter().zip(["text", "unet", "vae"]) {
+            match place {
+                Place::Cpu(device) => local = Some(device),
+                Place::Remote(_) => elsewhere.push(name),
+            }
+        }
+        let books = self.books.lock().unwrap_or_else(PoisonError::into_inner);
+        let here = local.map(|device| books.lines(device, &elsewhere)).unwrap_or_default();
+        here.into_iter().chain(self.links.iter().flat_map(Link::statistics)).collect()
     }
 
     /// Passes the events of a run on, and tells the workers of the stages as they come, if they are
     /// to keep books.
     pub fn watch<'a>(&'a self, progress: &'a dyn Progress, keeps_books: bool) -> Watch<'a> {
         let links = if keeps_books { self.links.as_slice() } else { &[] };
-        Watch { links, progress }
+        Watch { links, books: keeps_books.then_some(&self.books), progress }
     }
 }
 
 /// See [`Places::watch`].
 pub(super) struct Watch<'a> {
     links: &'a [Link],
+    books: Option<&'a Mutex<Books>>,
     progress: &'a dyn Progress,
 }
 
@@ -119,13 +136,23 @@ impl Watch<'_> {
     /// A stage begins, or none.
     pub fn begin(&self, stage: Option<&'static str>) {
         self.links.iter().for_each(|link| link.begin_stage(stage));
+        self.note(|books| books.begin(stage, Instant::now()));
+    }
+
+    fn note(&self, entry: impl FnOnce(&mut Books)) {
+        if let Some(books) = self.books {
+            entry(&mut books.lock().unwrap_or_else(PoisonError::into_inner));
+        }
     }
 }
 
 impl Progress for Watch<'_> {
     fn report(&self, event: Event<'_>) {
         match event {
-            Event::Step { done: 0, .. } => self.begin(Some("unet")),
+            Event::Step { done: 0, total } => {
+                self.begin(Some("unet"));
+                self.note(|books| books.add_steps(total));
+            }
             Event::Decoding => self.begin(Some("vae")),
             Event::Done => self.begin(None),
             Event::Downloading { .. }

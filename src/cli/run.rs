@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::time::Instant;
 
+use super::books;
 use super::display::{Display, Times, seconds};
 use super::files;
 use super::interrupt;
@@ -77,9 +78,8 @@ pub fn run(job: &Job, open: &mut OpenPainter<'_>) -> Result<()> {
         paint(job, &mut *painter, pictures, &display)?;
     }
     if job.stats {
-        let lines = painter.statistics();
-        let none = lines.is_empty().then(|| "this device keeps no statistics".to_owned());
-        lines.into_iter().chain(none).for_each(|line| display.line(line));
+        let lines = painter.statistics().into_iter().chain(books::peak_memory());
+        lines.for_each(|line| display.line(line));
     }
     Ok(())
 }
