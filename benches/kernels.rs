@@ -56,7 +56,7 @@ fn conv2d(criterion: &mut Criterion, device: &Device) -> Result<()> {
     for [batch, channels, out, side, kernel, stride] in shapes {
         let (x, candle) = pair(&[batch, channels, side, side], device)?;
         let (weight, candle_weight) = pair(&[out, channels, kernel, kernel], device)?;
-        let (x, weight) = (image(&x)?, weight.prepare(Role::Conv2d)?);
+        let (x, weight) = (image(&x)?, weight.prepare(Role::Conv2d { stride: 1 })?);
         let op = Conv2d { stride, padding: kernel / 2, upsample: None };
         let name = format!("conv2d {batch}x{channels}x{side}x{side} to {out} by {kernel}/{stride}");
         side_by_side(
@@ -68,7 +68,7 @@ fn conv2d(criterion: &mut Criterion, device: &Device) -> Result<()> {
     }
     let (x, candle) = pair(&[1, 256, 128, 128], device)?;
     let (weight, candle_weight) = pair(&[256, 256, 3, 3], device)?;
-    let (x, weight) = (image(&x)?, weight.prepare(Role::Conv2d)?);
+    let (x, weight) = (image(&x)?, weight.prepare(Role::Conv2d { stride: 1 })?);
     let upsample = Some(tiny_sd::backend::Size2d { height: 256, width: 256 });
     let op = Conv2d { stride: 1, padding: 1, upsample };
     side_by_side(
@@ -209,7 +209,7 @@ fn loading(criterion: &mut Criterion, device: &Device) -> Result<()> {
     side_by_side(
         criterion,
         "prepare 1280x1280x3x3",
-        || weight.prepare(Role::Conv2d),
+        || weight.prepare(Role::Conv2d { stride: 1 }),
         || candle.contiguous(),
     );
     Ok(())

@@ -191,7 +191,11 @@ impl<B: Backend> Conv2d<B> {
         op: Conv2dOp,
     ) -> Result<Self> {
         let weight = names.tensor("weight", &[&[out, inner, kernel, kernel]])?;
-        Ok(Self { weight: weight.prepare(Role::Conv2d)?, bias: bias(names, Bias::Yes, out)?, op })
+        Ok(Self {
+            weight: weight.prepare(Role::Conv2d { stride: op.stride })?,
+            bias: bias(names, Bias::Yes, out)?,
+            op,
+        })
     }
 
     /// (batch, in, height, width) → (batch, out, height', width')

@@ -38,6 +38,14 @@ fn cases() -> Vec<Case> {
         case(conv(1, 1, Some((8, 6))), &[&[2, 3, 4, 3], &[5, 3, 3, 3], &[5]]),
         case(conv(1, 1, Some((7, 5))), &[&[1, 3, 3, 4], &[5, 3, 3, 3], &[5]]),
         case(conv(3, 2, None), &[&[1, 3, 11, 10], &[4, 3, 5, 2], &[4]]),
+        // By Winograd: whole and partial tiles, several rows of channels, doubled or enlarged
+        // pixels, paddings.
+        case(conv(1, 1, None), &[&[2, 33, 7, 9], &[47, 33, 3, 3], &[47]]),
+        case(conv(1, 1, None), &[&[1, 400, 8, 1], &[33, 400, 3, 3]]),
+        case(conv(1, 1, Some((10, 6))), &[&[2, 37, 5, 3], &[81, 37, 3, 3], &[81]]),
+        case(conv(1, 1, Some((11, 7))), &[&[1, 32, 5, 4], &[32, 32, 3, 3], &[32]]),
+        case(conv(1, 0, Some((8, 6))), &[&[1, 32, 4, 3], &[32, 32, 3, 3], &[32]]),
+        case(conv(1, 3, None), &[&[1, 48, 5, 2], &[32, 48, 3, 3], &[32]]),
         case(norm(3, false), &[&[2, 6, 5, 7], &[6], &[6]]),
         case(norm(8, true), &[&[2, 32, 33, 37], &[32], &[32]]),
         case(Fused::LayerNorm(LayerNorm { eps: 1e-5 }), &[&[2, 3, 37], &[37], &[37]]),
@@ -123,9 +131,11 @@ fn a_prepared_weight_gives_the_bits_of_a_plain_one() -> Result<()> {
         for (dtype, lie) in [DType::F32, DType::F16, DType::BF16].into_iter().zip(LIES) {
             let args = arguments(3, &shapes, |_| lie, dtype, &device)?;
             let prepared = match &op {
-                Fused::Conv2d(op) => {
-                    args[0].conv2d(&args[1].prepare(Role::Conv2d)?, args.get(2), *op)?
-                }
+                Fused::Conv2d(op) => args[0].conv2d(
+                    &args[1].prepare(Role::Conv2d { stride: op.stride })?,
+                    args.get(2),
+                    *op,
+                )?,
                 Fused::Linear(op) => {
                     args[0].linear(&args[1].prepare(Role::Linear)?, args.get(2), op.activation)?
                 }

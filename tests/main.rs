@@ -22,3 +22,4 @@ mod together;
 mod twin;
 mod udp_proxy;
 mod views;
+mod winograd;

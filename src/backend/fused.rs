@@ -117,7 +117,10 @@ pub enum Role {
     /// The weight `(out, in)` of [`Linear`].
     Linear,
     /// The weight `(out, in, kernel, kernel)` of [`Conv2d`].
-    Conv2d,
+    Conv2d {
+        /// Of the convolutions that use it: which form is the fastest depends on it.
+        stride: usize,
+    },
 }
 
 /// dtype and layout of an op's result.
@@ -367,7 +370,7 @@ fn infer_prepare(role: Role, args: &[MetaRef<'_>]) -> Result<Meta> {
     let [weight] = exactly(args)?;
     let rank = match role {
         Role::Linear => 2,
-        Role::Conv2d => 4,
+        Role::Conv2d { .. } => 4,
     };
     if weight.layout.dims().len() != rank {
         return Err(Error::other(format!("a {role:?} weight has {rank} dimensions")));

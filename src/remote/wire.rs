@@ -302,7 +302,7 @@ schema! {
     }
     enums {
         Activation { 0 => Identity, 1 => Silu, 2 => QuickGelu, 3 => Gelu, }
-        Role { 0 => Linear, 1 => Conv2d, }
+        Role { 0 => Linear, 1 => Conv2d { stride }, }
         Fused {
             0 => Conv2d(op),
             1 => GroupNorm(op),

@@ -44,7 +44,7 @@ fn work<B: Backend>(device: &B::Device) -> Result<Vec<f32>> {
     let dense = |dims: &[usize]| Layout::contiguous(dims);
     let x = device.storage_from_slice(&values(2 * 3 * 4 * 4))?; // op 1
     let weight = device.storage_from_slice(&values(4 * 3 * 3 * 3))?; // op 2
-    let prepare = Fused::Prepare(Role::Conv2d);
+    let prepare = Fused::Prepare(Role::Conv2d { stride: 1 });
     let (weight, weight_l) = fused::<B>(&prepare, &[(&weight, &dense(&[4, 3, 3, 3]))])?; // op 3
     let second = Layout::contiguous_with_offset((1, 3, 4, 4), 48);
     let conv = Fused::Conv2d(Conv2d::same(3));

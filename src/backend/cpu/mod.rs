@@ -20,7 +20,10 @@ pub use storage::Storage;
 
 /// The processor that this process runs on, with the threads its kernels use.
 #[derive(Clone)]
-pub struct Device(Arc<rayon::ThreadPool>);
+pub struct Device {
+    pool: Arc<rayon::ThreadPool>,
+    low_memory: bool,
+}
 
 impl Device {
     /// A device whose kernels run on `threads` threads; 0 means one for each physical core.
@@ -35,17 +38,27 @@ impl Device {
             .thread_name(|index| format!("kernel-{index}"))
             .build()
             .map_err(|error| Error::other(format!("cannot start {threads} threads: {error}")))?;
-        Ok(Self(Arc::new(pool)))
+        Ok(Self { pool: Arc::new(pool), low_memory: false })
+    }
+
+    /// The same device, which keeps weights small (or not) where speed would take more memory.
+    pub fn with_low_memory(self, low_memory: bool) -> Self {
+        Self { low_memory, ..self }
+    }
+
+    /// Whether weights are kept small where speed would take more memory.
+    pub fn is_low_memory(&self) -> bool {
+        self.low_memory
     }
 
     /// How many threads the kernels use.
     pub fn threads(&self) -> usize {
-        self.0.current_num_threads()
+        self.pool.current_num_threads()
     }
 
     /// Runs a kernel where its parallel loops use this device's threads.
     fn run<T: Send>(&self, kernel: impl FnOnce() -> T + Send) -> T {
-        self.0.install(kernel)
+        self.pool.install(kernel)
     }
 
     fn wrap(&self, plain: CpuStorage) -> Storage {

@@ -435,7 +435,7 @@ fn buffers_are_made_once_and_counted_as_they_are() {
         let (digest, dims) = (send(&*session, tensor).unwrap(), tensor.layout().dims().to_vec());
         Recipe { digest, dtype: DType::F16, dims, role }
     };
-    let (plain, packed) = (recipe(&a, None), recipe(&a, Some(Role::Conv2d)));
+    let (plain, packed) = (recipe(&a, None), recipe(&a, Some(Role::Conv2d { stride: 1 })));
     let (cpu, len) = (Cpu::with_threads(1).unwrap(), a.byte_len());
     // Half as plain, single as packed, with columns filled up.
     let weights = Weights::<CpuBuffer>::new(3 * len);

@@ -160,7 +160,8 @@ fn fused() -> Vec<Fused> {
         Fused::Cat { dim: 1 },
         Fused::Pixels,
         Fused::Prepare(Role::Linear),
-        Fused::Prepare(Role::Conv2d),
+        Fused::Prepare(Role::Conv2d { stride: 1 }),
+        Fused::Prepare(Role::Conv2d { stride: 2 }),
     ];
     ops.extend(activations.map(|activation| Fused::Linear(Linear { activation })));
     ops
@@ -241,7 +242,7 @@ fn fused_samples(op: &Fused, dtype: DType) -> Option<Vec<Sample>> {
         }
         Fused::Pixels => vec![sample(&[2, 3, 4, 5])],
         Fused::Prepare(Role::Linear) => vec![sample(&[5, 8])],
-        Fused::Prepare(Role::Conv2d) => vec![sample(&[4, 3, 3, 3])],
+        Fused::Prepare(Role::Conv2d { .. }) => vec![sample(&[4, 3, 3, 3])],
     })
 }
 

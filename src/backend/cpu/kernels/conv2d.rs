@@ -5,24 +5,39 @@
 use candle_core::CpuStorage;
 
 use super::super::Storage;
-use super::matrix::product;
+use super::matrix::{Panels, product};
 use super::memory::{channels_last, result, row_major};
 use super::spare;
-use super::weight::panels;
+use super::weight::{Form, held};
+use super::winograd;
 use crate::backend::{Conv2d, Meta, Role, View};
 use crate::error::{Error, Result};
 
 /// See [`Conv2d`]; `(batch, height, width, out)` in memory.
 pub fn conv2d(op: &Conv2d, args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuStorage> {
     let [x, weight, bias @ ..] = args else { return Err(Error::other("conv2d of one operand")) };
+    let (held, bias) = (held(*weight, Role::Conv2d { stride: op.stride })?, bias.first().copied());
+    match held.form() {
+        Form::Panels(panels) => direct(op, [*x, *weight], panels, bias, meta),
+        Form::Transformed(kernel) => winograd::conv2d(op, *x, kernel, bias, meta),
+    }
+}
+
+fn direct(
+    op: &Conv2d,
+    [x, weight]: [View<'_, Storage>; 2],
+    panels: &Panels,
+    bias: Option<View<'_, Storage>>,
+    meta: &Meta,
+) -> Result<CpuStorage> {
     let (&[_, channels, height, width], &[_, _, kernel_h, kernel_w], &[batch, out, out_h, out_w]) =
         (x.layout.dims(), weight.layout.dims(), meta.layout.dims())
     else {
         return Err(Error::other("conv2d of operands without 4 dimensions"));
     };
     let size = op.input_size(height, width);
-    let (x, packed) = (channels_last(*x)?, panels(*weight, Role::Conv2d)?);
-    let bias = bias.first().map(|bias| row_major(*bias)).transpose()?;
+    let x = channels_last(x)?;
+    let bias = bias.map(row_major).transpose()?;
     let rows = seen(op, out_h, kernel_h, size.height, height)?;
     let columns = seen(op, out_w, kernel_w, size.width, width)?;
     let fill = |pixel: usize, k0: usize, mut piece: &mut [f32]| {
@@ -46,7 +61,7 @@ pub fn conv2d(op: &Conv2d, args: &[View<'_, Storage>], meta: &Meta) -> Result<Cp
         }
     };
     let mut values = spare::take(batch * out_h * out_w * out)?;
-    product(batch * out_h * out_w, &packed, bias.as_deref(), &mut values, fill, |_| ());
+    product(batch * out_h * out_w, panels, bias.as_deref(), &mut values, fill, |_| ());
     result(values, meta.dtype)
 }
 

@@ -8,14 +8,15 @@ use super::matrix::product;
 use super::memory::{Rows, result, row_major};
 use super::simd::{for_each_isa, gelu, quick_gelu, silu};
 use super::spare;
-use super::weight::panels;
+use super::weight::held;
 use crate::backend::{Activation, Linear, Meta, Role, View};
 use crate::error::{Error, Result};
 
 /// See [`Linear`]; row-major.
 pub fn linear(op: &Linear, args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuStorage> {
     let [x, weight, bias @ ..] = args else { return Err(Error::other("linear of one operand")) };
-    let (x, panels) = (Rows::read(*x)?, panels(*weight, Role::Linear)?);
+    let (x, weight) = (Rows::read(*x)?, held(*weight, Role::Linear)?);
+    let panels = weight.panels()?;
     let bias = bias.first().map(|bias| row_major(*bias)).transpose()?;
     let mut values = spare::take(meta.layout.shape().elem_count())?;
     let rows = values.len() / panels.columns();
@@ -23,7 +24,7 @@ pub fn linear(op: &Linear, args: &[View<'_, Storage>], meta: &Meta) -> Result<Cp
         piece.copy_from_slice(&x.row(row)[k0..k0 + piece.len()]);
     };
     let finish = |row: &mut [f32]| activate(row, op.activation);
-    product(rows, &panels, bias.as_deref(), &mut values, fill, finish);
+    product(rows, panels, bias.as_deref(), &mut values, fill, finish);
     result(values, meta.dtype)
 }
 

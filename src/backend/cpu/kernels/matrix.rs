@@ -101,13 +101,13 @@ impl Panels {
     ) {
         for (i, j) in panels.enumerate() {
             let (panel, width) = self.piece(j, k0, depth);
-            micro::multiply(isa, (rows, depth, width), a, panel, &mut c[i * WIDTH..], c_row);
+            micro::multiply(isa, (rows, depth, width), a, panel, &mut c[i * WIDTH..], c_row, false);
         }
     }
 }
 
 /// Fills one panel, whose first column is `first`, in blocks that stay in the L1 cache.
-fn pack_panel<T: Element>(values: &[T], source: &Source<'_>, first: usize, panel: &mut [f32]) {
+pub fn pack_panel<T: Element>(values: &[T], source: &Source<'_>, first: usize, panel: &mut [f32]) {
     const BLOCK: usize = 16;
     let (taps, channels) = (source.taps, source.channels);
     let width = panel.len() / (taps.len() * channels);

@@ -12,6 +12,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::super::Storage;
+use super::simd::prefetch;
 use super::spare;
 use crate::backend::View;
 use crate::backend::order::fits;
@@ -24,6 +25,14 @@ pub const TASK: usize = 1 << 15;
 pub trait Element: Copy + Default + Send + Sync + 'static {
     /// Converts a slice; both have the same length.
     fn widen(from: &[Self], to: &mut [f32]);
+
+    /// Rounds a slice; both have the same length.
+    fn narrow(from: &[f32], to: &mut [Self]);
+
+    /// The same slice if it needs no conversion.
+    fn as_f32(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
 
     /// Reads elements of a view from the `start`-th on, a buffer at a time.
     fn gather(values: &[Self], source: &Gather, start: usize, piece: &mut [f32]) {
@@ -41,6 +50,14 @@ impl Element for f32 {
         to.copy_from_slice(from);
     }
 
+    fn narrow(from: &[f32], to: &mut [Self]) {
+        to.copy_from_slice(from);
+    }
+
+    fn as_f32(values: &[Self]) -> Option<&[f32]> {
+        Some(values)
+    }
+
     fn gather(values: &[Self], source: &Gather, start: usize, piece: &mut [f32]) {
         source.copy_from(values, start, piece);
     }
@@ -50,6 +67,10 @@ impl Element for f16 {
     fn widen(from: &[Self], to: &mut [f32]) {
         from.convert_to_f32_slice(to);
     }
+
+    fn narrow(from: &[f32], to: &mut [Self]) {
+        to.convert_from_f32_slice(from);
+    }
 }
 
 impl Element for bf16 {
@@ -57,6 +78,10 @@ impl Element for bf16 {
         for (to, from) in to.iter_mut().zip(from) {
             *to = f32::from_bits(u32::from(from.to_bits()) << 16);
         }
+    }
+
+    fn narrow(from: &[f32], to: &mut [Self]) {
+        to.convert_from_f32_slice(from);
     }
 }
 
@@ -109,6 +134,12 @@ impl<'a, T> Shared<'a, T> {
     /// Takes the whole buffer for as long as it is shared.
     pub fn new(whole: &'a mut [T]) -> Self {
         Self { start: whole.as_mut_ptr(), len: whole.len(), whole: PhantomData }
+    }
+
+    /// Hints that an element will be written soon; it need not exist.
+    #[inline(always)]
+    pub fn prefetch(&self, at: usize) {
+        prefetch::<true, T>(self.start.wrapping_add(at));
     }
 
     /// The `len` elements from `start` on.

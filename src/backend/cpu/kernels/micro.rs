@@ -15,7 +15,8 @@ pub const DEPTH: usize = 384;
 /// fight for the same places of the cache. A constant, so that row addresses cost no registers.
 pub const ROW: usize = DEPTH + 16;
 
-/// `c[r][j] += Σₖ a[r][k] · panel[k][j]` for `rows` rows and the panel's columns.
+/// `c[r][j] += Σₖ a[r][k] · panel[k][j]` for `rows` rows and the panel's columns; if `fresh`, the
+/// sums begin at 0, whatever is in `c`.
 ///
 /// `a` has rows of [`ROW`] elements of which `depth` count; `panel` is `(depth, width)` with a
 /// `width` of [`WIDTH`] or [`HALF`]; rows of `c` are `c_row` elements apart.
@@ -26,6 +27,7 @@ pub fn multiply(
     panel: &[f32],
     c: &mut [f32],
     c_row: usize,
+    fresh: bool,
 ) {
     assert!(rows > 0 && depth <= DEPTH && (width == WIDTH || width == HALF) && c_row >= width);
     assert!(a.len() >= (rows - 1) * ROW + depth && panel.len() >= depth * width);
@@ -39,7 +41,7 @@ pub fn multiply(
         unsafe {
             let a = a.as_ptr().add(first * ROW);
             let c = c.as_mut_ptr().add(first * c_row);
-            kernel(isa, (end - first, depth, width), a, panel.as_ptr(), c, c_row);
+            kernel(isa, (end - first, width), (depth, a, panel.as_ptr(), c, c_row, fresh));
         }
     }
 }
@@ -73,15 +75,7 @@ macro_rules! with_rows {
 /// # Safety
 /// `a` must have `rows` rows of `depth` elements, `b` must have `depth · width`, `c` must have
 /// `rows` rows of `width` elements; the processor must have `isa`.
-unsafe fn kernel(
-    isa: Isa,
-    (rows, depth, width): (usize, usize, usize),
-    a: *const f32,
-    b: *const f32,
-    c: *mut f32,
-    c_row: usize,
-) {
-    let args = (depth, a, b, c, c_row);
+unsafe fn kernel(isa: Isa, (rows, width): (usize, usize), args: Args) {
     match (isa, width) {
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512, WIDTH) => {
@@ -97,8 +91,9 @@ unsafe fn kernel(
         (Isa::Avx2, _) => with_rows!(rows, avx2, 2, (args), [1 2 3 4 5 6]),
         (_, WIDTH) => {
             for half in [0, HALF] {
+                let (depth, a, b, c, c_row, fresh) = args;
                 // SAFETY: the two halves of the columns.
-                let args = unsafe { (depth, a, b.add(half), c.add(half), c_row) };
+                let args = unsafe { (depth, a, b.add(half), c.add(half), c_row, fresh) };
                 with_rows!(rows, portable, 32, (args), [1 2 3 4]);
             }
         }
@@ -106,13 +101,13 @@ unsafe fn kernel(
     }
 }
 
-type Args = (usize, *const f32, *const f32, *mut f32, usize);
+type Args = (usize, *const f32, *const f32, *mut f32, usize, bool);
 
 /// # Safety
 /// As [`kernel`], with `ROWS` rows and a width of `16 · VECTORS`.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn avx512<const ROWS: usize, const VECTORS: usize>((depth, a, b, c, c_row): Args) {
+unsafe fn avx512<const ROWS: usize, const VECTORS: usize>((depth, a, b, c, c_row, fresh): Args) {
     use std::arch::x86_64::{
         _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
     };
@@ -120,7 +115,7 @@ unsafe fn avx512<const ROWS: usize, const VECTORS: usize>((depth, a, b, c, c_row
     // SAFETY: all addresses are those that the caller promised: `ROWS × VECTORS` vectors of `c`,
     // `depth × VECTORS` of `b`, `depth` elements of `ROWS` rows of `a`.
     unsafe {
-        for (r, row) in sums.iter_mut().enumerate() {
+        for (r, row) in sums.iter_mut().enumerate().filter(|_| !fresh) {
             for (v, sum) in row.iter_mut().enumerate() {
                 *sum = _mm512_loadu_ps(c.add(r * c_row + v * 16));
             }
@@ -149,14 +144,14 @@ unsafe fn avx512<const ROWS: usize, const VECTORS: usize>((depth, a, b, c, c_row
 /// As [`kernel`], with `ROWS` rows and a width of `8 · VECTORS`.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2<const ROWS: usize, const VECTORS: usize>((depth, a, b, c, c_row): Args) {
+unsafe fn avx2<const ROWS: usize, const VECTORS: usize>((depth, a, b, c, c_row, fresh): Args) {
     use std::arch::x86_64::{
         _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
     };
     let mut sums = [[_mm256_setzero_ps(); VECTORS]; ROWS];
     // SAFETY: as in `avx512`, with vectors of 8.
     unsafe {
-        for (r, row) in sums.iter_mut().enumerate() {
+        for (r, row) in sums.iter_mut().enumerate().filter(|_| !fresh) {
             for (v, sum) in row.iter_mut().enumerate() {
                 *sum = _mm256_loadu_ps(c.add(r * c_row + v * 8));
             }
@@ -183,7 +178,7 @@ unsafe fn avx2<const ROWS: usize, const VECTORS: usize>((depth, a, b, c, c_row):
 
 /// # Safety
 /// As [`kernel`], with `ROWS` rows and 16 columns of a panel whose rows are `STEP` apart.
-unsafe fn portable<const ROWS: usize, const STEP: usize>((depth, a, b, c, c_row): Args) {
+unsafe fn portable<const ROWS: usize, const STEP: usize>((depth, a, b, c, c_row, fresh): Args) {
     // A fused multiply-add where every processor of the target has one; elsewhere it is a call.
     let add = |sum: f32, x: f32, y: f32| {
         if cfg!(target_arch = "aarch64") { x.mul_add(y, sum) } else { sum + x * y }
@@ -192,7 +187,7 @@ unsafe fn portable<const ROWS: usize, const STEP: usize>((depth, a, b, c, c_row)
     // SAFETY: the caller promised `ROWS` rows of 16 columns of `c`, `depth` rows of `b`, `depth`
     // elements of `ROWS` rows of `a`; arrays of f32 have no other alignment than f32.
     unsafe {
-        for (r, sums) in sums.iter_mut().enumerate() {
+        for (r, sums) in sums.iter_mut().enumerate().filter(|_| !fresh) {
             *sums = *c.add(r * c_row).cast::<[f32; HALF]>();
         }
         for k in 0..depth {
@@ -226,7 +221,7 @@ mod tests {
                     let b: Vec<f32> = (0..depth * width).map(|i| value(i + 5)).collect();
                     let mut c: Vec<f32> = (0..rows * c_row).map(|i| value(i + 7)).collect();
                     let before = c.clone();
-                    multiply(isa, (rows, depth, width), &a, &b, &mut c, c_row);
+                    multiply(isa, (rows, depth, width), &a, &b, &mut c, c_row, rows % 2 == 0);
                     for (i, (&after, &before)) in c.iter().zip(&before).enumerate() {
                         let (r, j) = (i / c_row, i % c_row);
                         if j >= width {
@@ -236,7 +231,8 @@ mod tests {
                         let sum: f64 = (0..depth)
                             .map(|k| f64::from(a[r * ROW + k]) * f64::from(b[k * width + j]))
                             .sum();
-                        let error = (f64::from(after) - f64::from(before) - sum).abs();
+                        let before = if rows % 2 == 0 { 0.0 } else { f64::from(before) };
+                        let error = (f64::from(after) - before - sum).abs();
                         assert!(error < 1e-5, "{isa:?} {rows}x{depth}x{width} at {r},{j}");
                     }
                 }

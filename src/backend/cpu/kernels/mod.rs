@@ -19,6 +19,7 @@ mod simd;
 mod spare;
 mod upload;
 mod weight;
+mod winograd;
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType};

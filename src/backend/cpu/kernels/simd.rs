@@ -36,6 +36,25 @@ impl Isa {
     }
 }
 
+/// Asks for the cache line of an element, to be written or only read; the element need not exist.
+/// Streams shorter than a page, as rows of tiles are, are not foreseen by the processor.
+#[inline(always)]
+pub fn prefetch<const WRITE: bool, T>(element: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a hint, which neither reads nor writes, at whatever address.
+        unsafe {
+            match WRITE {
+                true => _mm_prefetch::<_MM_HINT_ET0>(element.cast()),
+                false => _mm_prefetch::<_MM_HINT_T1>(element.cast()),
+            }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = element;
+}
+
 /// Compiles a loop once for each [`Isa`] and picks the copy at run time. All copies give the same
 /// bits: they differ in width only, since nothing here fuses a product with a sum.
 macro_rules! for_each_isa {

@@ -1,24 +1,32 @@
 //! Weights in the form that products read: packed once at load (`prepare`), or just now where a
 //! plain tensor is given. Separate because convolutions and linear layers share all of it.
 
-use std::ops::Deref;
-
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Layout};
 
 use super::super::Storage;
 use super::matrix::{Panels, Source};
 use super::memory::{Element, check, unsupported};
+use super::winograd::Kernel;
 use crate::backend::{Role, View};
 use crate::error::{Error, Result};
 
-/// A weight in the form that a kernel reads: panels of f32, whatever dtype it stands for.
+/// A weight in the form that a kernel reads: f32, whatever dtype it stands for.
 #[derive(Debug)]
 pub struct Packed {
     role: Role,
     dtype: DType,
     dims: Vec<usize>,
-    panels: Panels,
+    form: Form,
+}
+
+/// How a weight is kept.
+#[derive(Debug)]
+pub enum Form {
+    /// As it is.
+    Panels(Panels),
+    /// Transformed for Winograd's convolution: four times the size, for a quarter of the products.
+    Transformed(Kernel),
 }
 
 impl Packed {
@@ -27,9 +35,12 @@ impl Packed {
         self.dtype
     }
 
-    /// Bytes of the panels.
+    /// Bytes of memory.
     pub fn held_bytes(&self) -> u64 {
-        self.panels.held_bytes()
+        match &self.form {
+            Form::Panels(panels) => panels.held_bytes(),
+            Form::Transformed(kernel) => kernel.held_bytes(),
+        }
     }
 }
 
@@ -39,25 +50,30 @@ impl Packed {
 /// If it is not a weight of that role, or the memory cannot be had.
 pub fn prepare(role: Role, weight: View<'_, Storage>) -> Result<Packed> {
     check(weight)?;
-    let panels = match weight.storage.elements()? {
-        CpuStorage::F32(values) => pack(role, values, weight.layout),
-        CpuStorage::F16(values) => pack(role, values, weight.layout),
-        CpuStorage::BF16(values) => pack(role, values, weight.layout),
+    let (dims, spacious) = (weight.layout.dims(), !weight.storage.device().is_low_memory());
+    let transform = match role {
+        Role::Linear => false,
+        Role::Conv2d { stride } => spacious && Kernel::suits(dims, stride),
+    };
+    let form = match weight.storage.elements()? {
+        CpuStorage::F32(values) => pack(role, transform, values, weight.layout),
+        CpuStorage::F16(values) => pack(role, transform, values, weight.layout),
+        CpuStorage::BF16(values) => pack(role, transform, values, weight.layout),
         other => Err(unsupported(other.dtype())),
     }?;
-    Ok(Packed { role, dtype: weight.storage.dtype(), dims: weight.layout.dims().to_vec(), panels })
+    Ok(Packed { role, dtype: weight.storage.dtype(), dims: dims.to_vec(), form })
 }
 
-fn pack<T: Element>(role: Role, values: &[T], layout: &Layout) -> Result<Panels> {
+fn pack<T: Element>(role: Role, transform: bool, values: &[T], layout: &Layout) -> Result<Form> {
     let (dims, stride, offset) = (layout.dims(), layout.stride(), layout.start_offset());
     match (role, dims, stride) {
         (Role::Linear, &[columns, channels], &[column_stride, channel_stride]) => {
             let taps = &[0];
             let source = Source { offset, columns, column_stride, taps, channels, channel_stride };
-            Panels::pack(values, &source)
+            Panels::pack(values, &source).map(Form::Panels)
         }
         (
-            Role::Conv2d,
+            Role::Conv2d { .. },
             &[columns, channels, height, width],
             &[of_column, of_channel, of_y, of_x],
         ) => {
@@ -69,15 +85,18 @@ fn pack<T: Element>(role: Role, values: &[T], layout: &Layout) -> Result<Panels>
                 (0..height).flat_map(|y| (0..width).map(move |x| y * of_y + x * of_x)).collect();
             let (column_stride, channel_stride, taps) = (of_column, of_channel, &taps);
             let source = Source { offset, columns, column_stride, taps, channels, channel_stride };
-            Panels::pack(values, &source)
+            match transform {
+                true => Kernel::new(values, &source).map(Form::Transformed),
+                false => Panels::pack(values, &source).map(Form::Panels),
+            }
         }
-        (Role::Linear | Role::Conv2d, dims, _) => {
+        (Role::Linear | Role::Conv2d { .. }, dims, _) => {
             Err(Error::other(format!("a weight of shape {dims:?} is none of {role:?}")))
         }
     }
 }
 
-/// The panels of a weight operand.
+/// A weight operand in its form.
 pub enum Held<'a> {
     /// Prepared before.
     Ready(&'a Packed),
@@ -85,13 +104,23 @@ pub enum Held<'a> {
     Fresh(Packed),
 }
 
-impl Deref for Held<'_> {
-    type Target = Panels;
-
-    fn deref(&self) -> &Panels {
+impl Held<'_> {
+    /// How it is kept.
+    pub fn form(&self) -> &Form {
         match self {
-            Held::Ready(packed) => &packed.panels,
-            Held::Fresh(packed) => &packed.panels,
+            Held::Ready(packed) => &packed.form,
+            Held::Fresh(packed) => &packed.form,
+        }
+    }
+
+    /// The panels of a weight that is never transformed.
+    ///
+    /// # Errors
+    /// If it is.
+    pub fn panels(&self) -> Result<&Panels> {
+        match self.form() {
+            Form::Panels(panels) => Ok(panels),
+            Form::Transformed(kernel) => Err(Error::other(format!("{kernel:?} is no matrix"))),
         }
     }
 }
@@ -100,7 +129,7 @@ impl Deref for Held<'_> {
 ///
 /// # Errors
 /// If it was prepared for another role, or is viewed as anything but a whole weight.
-pub fn panels<'a>(weight: View<'a, Storage>, role: Role) -> Result<Held<'a>> {
+pub fn held<'a>(weight: View<'a, Storage>, role: Role) -> Result<Held<'a>> {
     let Some(packed) = weight.storage.packed() else {
         return Ok(Held::Fresh(prepare(role, weight)?));
     };

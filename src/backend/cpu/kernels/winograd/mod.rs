@@ -1,0 +1,401 @@
+//! 3 × 3 convolutions that move by one, by Winograd's F(4×4, 3×3): a quarter of the products.
+//! Separate from other convolutions because it works on tiles of pixels instead of pixels.
+//!
+//! All threads work on the same block of tiles, in three phases: the transform V of what the tiles
+//! see, the 36 products M of V and the kernel's transform, and the pixels of the result. A block
+//! is as large as the shared cache allows, because each passes over the whole weight. How tiles are
+//! split changes no bit: each product is summed over channels in order, whatever is beside it.
+
+mod kernel;
+mod transform;
+
+use std::array::from_fn;
+use std::ops::Range;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType, Layout};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::super::Storage;
+use super::memory::{Element, Shared, channels_last, check, row_major, unsupported, zeroed};
+use super::micro::{self, DEPTH, ROW, WIDTH};
+use super::simd::{Isa, prefetch};
+use super::spare;
+use crate::backend::{Conv2d, Meta, Size2d, View};
+use crate::error::{Error, Result};
+pub use kernel::Kernel;
+use transform::{LANES, MADE, Made, PLACES_DOUBLED, SEEN, SEEN_DOUBLED, Target};
+
+/// Bytes of V and M that a block may have: well within the shared cache, beside the weights that
+/// pass.
+const BLOCK_BYTES: usize = 16 << 20;
+/// Products are split into so many tasks, if there are panels enough.
+const TASKS: usize = 72;
+/// Tiles whose products are started together: whole groups of each micro-kernel.
+const GROUP: usize = 42;
+/// Channels that are widened at once where they are not read in place.
+const WIDENED: usize = 64;
+
+/// See [`Conv2d`]; `(batch, height, width, out)` in memory. The stride is 1.
+pub fn conv2d(
+    op: &Conv2d,
+    x: View<'_, Storage>,
+    kernel: &Kernel,
+    bias: Option<View<'_, Storage>>,
+    meta: &Meta,
+) -> Result<CpuStorage> {
+    check(x)?;
+    let &[batch, channels, height, width] = x.layout.dims() else {
+        return Err(Error::other("conv2d of an image without 4 dimensions"));
+    };
+    let work = Work::new(op, x.layout, kernel, meta)?;
+    let bias = bias.map(row_major).transpose()?;
+    let mut filled = vec![0.0; kernel.columns().next_multiple_of(WIDTH)];
+    if let Some(bias) = bias {
+        filled[..bias.len()].copy_from_slice(&bias);
+    }
+    if x.layout.stride()[1] != 1 {
+        let dense = channels_last(x)?;
+        let order = crate::backend::order::channels_last([batch, channels, height, width]);
+        return finish(&work, &Image::new(&dense, &order), &filled, meta);
+    }
+    match x.storage.elements()? {
+        CpuStorage::F32(values) => finish(&work, &Image::new(values, x.layout), &filled, meta),
+        CpuStorage::F16(values) => finish(&work, &Image::new(values, x.layout), &filled, meta),
+        CpuStorage::BF16(values) => finish(&work, &Image::new(values, x.layout), &filled, meta),
+        other => Err(unsupported(other.dtype())),
+    }
+}
+
+fn finish<X: Element>(
+    work: &Work<'_>,
+    image: &Image<'_, X>,
+    bias: &[f32],
+    meta: &Meta,
+) -> Result<CpuStorage> {
+    let len = meta.layout.shape().elem_count();
+    match meta.dtype {
+        DType::F32 => {
+            let mut made = spare::take(len)?;
+            work.run(image, bias, &mut made)?;
+            Ok(CpuStorage::F32(made))
+        }
+        DType::F16 => {
+            let mut made = zeroed::<f16>(len)?;
+            work.run(image, bias, &mut made)?;
+            Ok(CpuStorage::F16(made))
+        }
+        DType::BF16 => {
+            let mut made = zeroed::<bf16>(len)?;
+            work.run(image, bias, &mut made)?;
+            Ok(CpuStorage::BF16(made))
+        }
+        other => Err(unsupported(other)),
+    }
+}
+
+/// An image in memory whose channels lie side by side.
+struct Image<'a, T> {
+    values: &'a [T],
+    offset: usize,
+    /// Distances of pictures, rows and pixels.
+    strides: [usize; 3],
+}
+
+impl<'a, T: Element> Image<'a, T> {
+    /// A view that lies within `values`.
+    fn new(values: &'a [T], layout: &Layout) -> Self {
+        let stride = layout.stride();
+        let strides = [stride[0], stride[2], stride[3]];
+        Self { values, offset: layout.start_offset(), strides }
+    }
+
+    /// Where the channels of a pixel begin.
+    fn pixel(&self, picture: usize, row: usize, column: usize) -> usize {
+        let [of_picture, of_row, of_column] = self.strides;
+        self.offset + picture * of_picture + row * of_row + column * of_column
+    }
+}
+
+/// One convolution: its shape, and how it is split.
+struct Work<'a> {
+    kernel: &'a Kernel,
+    padding: usize,
+    /// Of the image in memory.
+    source: Size2d,
+    /// Of the image that the window moves over.
+    size: Size2d,
+    /// Of the result.
+    made: Size2d,
+    /// Tiles of one picture, down and across.
+    tiles: Size2d,
+    /// Tiles of all pictures.
+    total: usize,
+    /// The window moves over pixels that are all doubled.
+    doubled: bool,
+    /// Most channels of V in one row of [`ROW`] elements.
+    chunk: usize,
+    /// Tiles of a block.
+    block: usize,
+    /// Parts of the kernel's panels.
+    parts: usize,
+}
+
+/// Some panels, whose products of a place follow each other in M.
+struct Part {
+    panels: Range<usize>,
+    /// Where they begin in a place of M.
+    start: usize,
+    /// Distance of tiles: all columns, and an odd number of cache lines.
+    row: usize,
+}
+
+impl<'a> Work<'a> {
+    fn new(op: &Conv2d, x: &Layout, kernel: &'a Kernel, meta: &Meta) -> Result<Self> {
+        let (&[batch, channels, height, width], &[_, _, made_h, made_w]) =
+            (x.dims(), meta.layout.dims())
+        else {
+            return Err(Error::other("conv2d of operands without 4 dimensions"));
+        };
+        if channels != kernel.channels() || op.stride != 1 {
+            return Err(Error::other("a transformed weight is used for another convolution"));
+        }
+        let (source, size) = (Size2d { height, width }, op.input_size(height, width));
+        let twice = (height.checked_mul(2), width.checked_mul(2));
+        let doubled = op.padding == 1 && twice == (Some(size.height), Some(size.width));
+        let tiles = Size2d { height: made_h.div_ceil(MADE), width: made_w.div_ceil(MADE) };
+        let total = batch * tiles.height * tiles.width;
+        let places = if doubled { PLACES_DOUBLED.len() } else { SEEN }.pow(2);
+        let tile_bytes = size_of::<f32>() * places * (channels + kernel.columns());
+        let most = (BLOCK_BYTES / tile_bytes).max(GROUP);
+        let blocks = total.div_ceil(most);
+        Ok(Self {
+            kernel,
+            padding: op.padding,
+            source,
+            size,
+            made: Size2d { height: made_h, width: made_w },
+            tiles,
+            total,
+            doubled,
+            chunk: channels.div_ceil(channels.div_ceil(DEPTH)).next_multiple_of(LANES),
+            block: total.div_ceil(blocks.max(1)),
+            parts: TASKS.div_ceil(places).min(kernel.panels()),
+        })
+    }
+
+    /// Places of V that do not vanish, along a side.
+    fn side(&self) -> usize {
+        if self.doubled { PLACES_DOUBLED.len() } else { SEEN }
+    }
+
+    /// Pixels that a tile sees, along a side.
+    fn seen(&self) -> usize {
+        if self.doubled { SEEN_DOUBLED } else { SEEN }
+    }
+
+    /// Which place of the kernel's transform goes with the `i`-th of V.
+    fn place(&self, i: usize) -> usize {
+        match self.doubled {
+            true => PLACES_DOUBLED[i / self.side()] * SEEN + PLACES_DOUBLED[i % self.side()],
+            false => i,
+        }
+    }
+
+    /// Distance of V's places: an odd number of cache lines, so that they do not fight for the
+    /// same places of the cache.
+    fn plane(&self) -> usize {
+        let lines = self.kernel.channels().div_ceil(self.chunk) * self.block * ROW / LANES;
+        (lines | 1) * LANES
+    }
+
+    /// Where the row of V for some channels of a tile begins.
+    fn row(&self, chunk: usize, tile: usize) -> usize {
+        (chunk * self.block + tile) * ROW
+    }
+
+    /// Distance of M's places; see [`plane`](Self::plane).
+    fn products_plane(&self) -> usize {
+        let lines = self.block * (self.kernel.panels() * WIDTH / LANES + self.parts);
+        (lines | 1) * LANES
+    }
+
+    /// The `i`-th of [`parts`](Self::parts).
+    fn part(&self, i: usize) -> Part {
+        let panels = self.kernel.panels();
+        let panels = i * panels / self.parts..(i + 1) * panels / self.parts;
+        let start = self.block * (panels.start * WIDTH + i * LANES);
+        Part { row: panels.len() * WIDTH + LANES, panels, start }
+    }
+
+    fn run<X: Element, Y: Element>(
+        &self,
+        image: &Image<'_, X>,
+        bias: &[f32],
+        made: &mut [Y],
+    ) -> Result<()> {
+        let places = self.side().pow(2);
+        let mut v = spare::take(places * self.plane())?;
+        let mut m = spare::take(places * self.products_plane())?;
+        let made = Shared::new(made);
+        for first in (0..self.total).step_by(self.block) {
+            let count = self.block.min(self.total - first);
+            let target = Shared::new(&mut v);
+            let tiles = (0..count).into_par_iter();
+            tiles.for_each(|tile| self.transform(image, first + tile, tile, &target));
+            let target = Shared::new(&mut m);
+            (0..places * self.parts).into_par_iter().for_each(|task| {
+                let (place, part) = (task / self.parts, self.part(task % self.parts));
+                let start = place * self.products_plane() + part.start;
+                // SAFETY: tasks differ in their place, or in their part of it.
+                let products = unsafe { target.piece(start, count * part.row) };
+                self.multiply(place, &part, &v, products);
+            });
+            let tiles = (0..count).into_par_iter();
+            tiles.for_each(|tile| self.finish(first + tile, tile, &m, bias, &made));
+        }
+        spare::give(v);
+        spare::give(m);
+        Ok(())
+    }
+
+    /// Row and column of a tile in its picture, and the number of that.
+    fn locate(&self, tile: usize) -> (usize, usize, usize) {
+        let (row, column) = (tile / self.tiles.width, tile % self.tiles.width);
+        (row % self.tiles.height, column, row / self.tiles.height)
+    }
+
+    /// The pixel that a tile sees in one direction, or `None` in the padding.
+    fn sees(&self, tile: usize, tap: usize, size: usize, source: usize) -> Option<usize> {
+        if self.doubled {
+            return (2 * tile + tap).checked_sub(1).filter(|&pixel| pixel < source);
+        }
+        let pixel = (MADE * tile + tap).checked_sub(self.padding);
+        let pixel = pixel.filter(|&pixel| pixel < size)?;
+        // ⌊pixel · source / size⌋, which is the pixel itself where nothing is enlarged.
+        Some(if size == source {
+            pixel
+        } else {
+            (pixel as u128 * source as u128 / size as u128) as usize
+        })
+    }
+
+    /// Makes V of one tile, the `at`-th of the block.
+    fn transform<X: Element>(
+        &self,
+        image: &Image<'_, X>,
+        tile: usize,
+        at: usize,
+        v: &Shared<'_, f32>,
+    ) {
+        let (row, column, picture) = self.locate(tile);
+        let (seen, channels) = (self.seen(), self.kernel.channels());
+        let mut starts = [None; SEEN * SEEN];
+        for (i, start) in starts[..seen * seen].iter_mut().enumerate() {
+            let y = self.sees(row, i / seen, self.size.height, self.source.height);
+            let x = self.sees(column, i % seen, self.size.width, self.source.width);
+            *start = y.zip(x).map(|(y, x)| image.pixel(picture, y, x));
+        }
+        let starts = &starts[..seen * seen];
+        // How far the next tile's pixels are, if it is beside this one.
+        let pixels = if self.doubled { MADE / 2 } else { MADE };
+        let next = image.strides[2].wrapping_mul(pixels);
+        let mut widened = [[0f32; WIDENED]; SEEN * SEEN];
+        for (chunk, first) in (0..channels).step_by(self.chunk).enumerate() {
+            let count = self.chunk.min(channels - first);
+            let in_place = X::as_f32(image.values).filter(|_| count.is_multiple_of(LANES));
+            let step = if in_place.is_some() { count } else { WIDENED };
+            for from in (0..count).step_by(step) {
+                let len = step.min(count - from);
+                let filled = len.next_multiple_of(LANES);
+                let place = |start: usize| start + first + from..start + first + from + len;
+                if in_place.is_none() {
+                    for (wide, start) in widened.iter_mut().zip(starts) {
+                        wide[..filled].fill(0.0);
+                        if let Some(start) = *start {
+                            X::widen(&image.values[place(start)], &mut wide[..len]);
+                            let ahead = image.values.as_ptr().wrapping_add(place(start).start);
+                            prefetch::<false, X>(ahead.wrapping_add(next));
+                        }
+                    }
+                }
+                let pixels: [&[f32]; SEEN * SEEN] = from_fn(|i| match (in_place, starts.get(i)) {
+                    (Some(values), Some(&Some(start))) => &values[place(start)],
+                    (Some(_), _) => &ZEROS[..len],
+                    (None, _) => &widened[i][..filled],
+                });
+                let row = self.row(chunk, at) + from;
+                let next = if in_place.is_some() { next } else { 0 };
+                // SAFETY: only this call writes the rows of this tile, and nobody reads them yet.
+                let mut target = unsafe { Target::new(v, row, self.plane(), filled) };
+                match self.doubled {
+                    true => transform::input_doubled(&pixels, next, &mut target),
+                    false => transform::input(&pixels, next, &mut target),
+                }
+            }
+        }
+    }
+
+    /// Makes M of all tiles of the block, for one place and one part.
+    fn multiply(&self, i: usize, part: &Part, v: &[f32], products: &mut [f32]) {
+        let (isa, channels, place) = (Isa::detect(), self.kernel.channels(), self.place(i));
+        let v = &v[i * self.plane()..];
+        for (at, panel) in part.panels.clone().enumerate() {
+            for (group, c) in products.chunks_mut(GROUP * part.row).enumerate() {
+                let (rows, width) = (c.len() / part.row, self.kernel.width(panel));
+                for (chunk, from) in (0..channels).step_by(self.chunk).enumerate() {
+                    let depth = self.chunk.min(channels - from);
+                    let a = &v[self.row(chunk, group * GROUP)..];
+                    let b = self.kernel.piece(panel, place, from, depth);
+                    let c = &mut c[at * WIDTH..];
+                    micro::multiply(isa, (rows, depth, width), a, b, c, part.row, chunk == 0);
+                }
+            }
+        }
+    }
+
+    /// Makes the pixels of one tile, the `at`-th of the block.
+    fn finish<Y: Element>(
+        &self,
+        tile: usize,
+        at: usize,
+        m: &[f32],
+        bias: &[f32],
+        made: &Shared<'_, Y>,
+    ) {
+        let mut pixels: Made = [[0.0; WIDTH]; MADE * MADE];
+        for part in (0..self.parts).map(|i| self.part(i)) {
+            for (i, panel) in part.panels.clone().enumerate() {
+                let bias = &bias[panel * WIDTH..][..self.kernel.width(panel)];
+                let m = &m[part.start + at * part.row + i * WIDTH..];
+                let (plane, next) = (self.products_plane(), part.row);
+                match self.doubled {
+                    true => transform::output_doubled(m, plane, next, bias, &mut pixels),
+                    false => transform::output(m, plane, next, bias, &mut pixels),
+                }
+                self.write(tile, panel * WIDTH, &pixels, made);
+            }
+        }
+    }
+
+    /// Writes those pixels of a tile that the result has, from one column on.
+    fn write<Y: Element>(&self, tile: usize, first: usize, pixels: &Made, made: &Shared<'_, Y>) {
+        let (row, column, picture) = self.locate(tile);
+        let columns = self.kernel.columns();
+        let count = WIDTH.min(columns - first);
+        let (y, x) = (row * MADE, column * MADE);
+        for (i, pixel) in pixels.iter().enumerate() {
+            let (y, x) = (y + i / MADE, x + i % MADE);
+            if y < self.made.height && x < self.made.width {
+                let place = (picture * self.made.height + y) * self.made.width + x;
+                // SAFETY: tasks differ in their tiles or in their columns, and neither overlap.
+                let to = unsafe { made.piece(place * columns + first, count) };
+                Y::narrow(&pixel[..count], to);
+            }
+        }
+    }
+}
+
+/// What a tile sees beside the image.
+static ZEROS: [f32; DEPTH] = [0.0; DEPTH];
