@@ -21,6 +21,11 @@ fn pair(dims: &[usize], device: &Device) -> Result<(Cpu, Candle)> {
     Ok((ours, Candle::from_vec(values, dims, &CandleDevice::Cpu)?))
 }
 
+/// Both in bf16, for kernels that multiply or read it as it is.
+fn halves((ours, candle): &(Cpu, Candle)) -> Result<(Cpu, Candle)> {
+    Ok((ours.to_dtype(DType::BF16)?, candle.to_dtype(DType::BF16)?))
+}
+
 /// An image as it lies in memory between ops.
 fn image(x: &Cpu) -> Result<Cpu> {
     x.permute(&[0, 2, 3, 1])?.contiguous()?.permute(&[0, 3, 1, 2])
@@ -37,6 +42,15 @@ fn side_by_side<T, U>(
     group.measurement_time(Duration::from_millis(1000));
     group.bench_function("ours", |bencher| bencher.iter(|| black_box(ours()).is_ok()));
     group.bench_function("candle", |bencher| bencher.iter(|| black_box(candle()).is_ok()));
+    group.finish();
+}
+
+/// A row for bf16, in which candle's ops take minutes.
+fn alone<T>(criterion: &mut Criterion, name: &str, mut ours: impl FnMut() -> Result<T>) {
+    let mut group = criterion.benchmark_group(name);
+    group.sample_size(10).warm_up_time(Duration::from_millis(300));
+    group.measurement_time(Duration::from_millis(1000));
+    group.bench_function("ours in bf16", |bencher| bencher.iter(|| black_box(ours()).is_ok()));
     group.finish();
 }
 
@@ -85,21 +99,25 @@ fn attention(criterion: &mut Criterion, device: &Device) -> Result<()> {
         // batch, queries, keys, heads, head_dim
         [2, 4096, 4096, 8, 40],
         [2, 1024, 1024, 8, 80],
+        [2, 256, 256, 8, 160],
         [2, 4096, 77, 8, 40],
         [1, 4096, 4096, 1, 512],
     ];
     for [batch, queries, keys, heads, head_dim] in shapes {
         let inner = heads * head_dim;
-        let (query, candle_query) = pair(&[batch, queries, inner], device)?;
-        let (key, candle_key) = pair(&[batch, keys, inner], device)?;
+        let (query, key) =
+            (pair(&[batch, queries, inner], device)?, pair(&[batch, keys, inner], device)?);
+        let ((query_bf16, _), (key_bf16, _)) = (halves(&query)?, halves(&key)?);
+        let ((query, candle_query), (key, candle_key)) = (query, key);
         let scale = 1.0 / (head_dim as f64).sqrt();
         let op = Attention { heads, scale, causal: false };
         let split = |x: &Candle, len| {
             x.reshape((batch, len, heads, head_dim))?.transpose(1, 2)?.contiguous()
         };
+        let name = format!("attention {batch}x{heads}x{queries}x{keys} of {head_dim}");
         side_by_side(
             criterion,
-            &format!("attention {batch}x{heads}x{queries}x{keys} of {head_dim}"),
+            &name,
             || query.attention(&key, &key, op),
             || {
                 let (query, key) = (split(&candle_query, queries)?, split(&candle_key, keys)?);
@@ -108,6 +126,7 @@ fn attention(criterion: &mut Criterion, device: &Device) -> Result<()> {
                 heads.transpose(1, 2)?.reshape((batch, queries, inner))
             },
         );
+        alone(criterion, &name, || query_bf16.attention(&key_bf16, &key_bf16, op));
     }
     Ok(())
 }
@@ -115,25 +134,33 @@ fn attention(criterion: &mut Criterion, device: &Device) -> Result<()> {
 fn norms(criterion: &mut Criterion, device: &Device) -> Result<()> {
     for [batch, channels, side] in [[2, 320, 64], [2, 1280, 16], [1, 128, 512]] {
         let (x, candle) = pair(&[batch, channels, side, side], device)?;
-        let ((weight, candle_weight), x) = (pair(&[channels], device)?, image(&x)?);
+        let (weight, x) = (pair(&[channels], device)?, image(&x)?);
+        let ((weight_bf16, _), x_bf16) = (halves(&weight)?, x.to_dtype(DType::BF16)?);
+        let (weight, candle_weight) = weight;
         let op = GroupNorm { groups: 32, eps: 1e-6, silu: true };
         let norm =
             candle_nn::GroupNorm::new(candle_weight.clone(), candle_weight, channels, 32, 1e-6)?;
+        let name = format!("group_norm and silu {batch}x{channels}x{side}x{side}");
         side_by_side(
             criterion,
-            &format!("group_norm and silu {batch}x{channels}x{side}x{side}"),
+            &name,
             || x.group_norm(&weight, &weight, op),
             || candle_nn::Module::forward(&norm, &candle)?.silu(),
         );
+        alone(criterion, &name, || x_bf16.group_norm(&weight_bf16, &weight_bf16, op));
     }
-    let ((x, candle), (weight, candle_weight)) =
-        (pair(&[2, 4096, 320], device)?, pair(&[320], device)?);
+    let (x, weight) = (pair(&[2, 4096, 320], device)?, pair(&[320], device)?);
+    let ((x_bf16, _), (weight_bf16, _)) = (halves(&x)?, halves(&weight)?);
+    let ((x, candle), (weight, candle_weight)) = (x, weight);
     side_by_side(
         criterion,
         "layer_norm 2x4096x320",
         || x.layer_norm(&weight, &weight, 1e-5),
         || candle_nn::ops::layer_norm(&candle, &candle_weight, &candle_weight, 1e-5),
     );
+    alone(criterion, "layer_norm 2x4096x320", || {
+        x_bf16.layer_norm(&weight_bf16, &weight_bf16, 1e-5)
+    });
     Ok(())
 }
 
@@ -146,17 +173,23 @@ fn linear(criterion: &mut Criterion, device: &Device) -> Result<()> {
         [2, 1280, 1280],
     ];
     for [rows, inner, out] in shapes {
-        let (x, candle) = pair(&[rows, inner], device)?;
-        let (weight, candle_weight) = pair(&[out, inner], device)?;
-        let weight = weight.prepare(Role::Linear)?;
+        let (x, weight) = (pair(&[rows, inner], device)?, pair(&[out, inner], device)?);
+        let ((x_bf16, _), (weight_bf16, _)) = (halves(&x)?, halves(&weight)?);
+        let ((x, candle), (weight, candle_weight)) = (x, weight);
+        let (weight, weight_bf16) =
+            (weight.prepare(Role::Linear)?, weight_bf16.prepare(Role::Linear)?);
+        let name = format!("linear {rows}x{inner} to {out}");
         side_by_side(
             criterion,
-            &format!("linear {rows}x{inner} to {out}"),
+            &name,
             || x.linear(&weight, None, Activation::Identity),
             || candle.matmul(&candle_weight.t()?),
         );
+        alone(criterion, &name, || x_bf16.linear(&weight_bf16, None, Activation::Identity));
     }
-    let (x, candle) = pair(&[2, 4096, 2560], device)?;
+    let both = pair(&[2, 4096, 2560], device)?;
+    let ((x_bf16, _), (x, candle)) = (halves(&both)?, both);
+    alone(criterion, "geglu 2x4096x2560", || x_bf16.geglu());
     side_by_side(
         criterion,
         "geglu 2x4096x2560",
@@ -175,15 +208,14 @@ fn sums(criterion: &mut Criterion, device: &Device) -> Result<()> {
         let (x, candle) = pair(&[batch, channels, side, side], device)?;
         let (bias, candle_bias) = pair(&[batch, channels, 1, 1], device)?;
         let x = image(&x)?;
+        let (x_bf16, bias_bf16) = (x.to_dtype(DType::BF16)?, bias.to_dtype(DType::BF16)?);
+        let name = format!("add {batch}x{channels}x{side}x{side}");
+        alone(criterion, &name, || x_bf16.add(&x_bf16));
+        alone(criterion, &format!("{name} per channel"), || x_bf16.add(&bias_bf16));
+        side_by_side(criterion, &name, || x.add(&x), || &candle + &candle);
         side_by_side(
             criterion,
-            &format!("add {batch}x{channels}x{side}x{side}"),
-            || x.add(&x),
-            || &candle + &candle,
-        );
-        side_by_side(
-            criterion,
-            &format!("add {batch}x{channels}x{side}x{side} per channel"),
+            &format!("{name} per channel"),
             || x.add(&bias),
             || candle.broadcast_add(&candle_bias),
         );

@@ -1,6 +1,7 @@
 //! The CPU's kernels against the composed definitions, over dtypes, layouts, threads and batches.
 
 use candle_core::DType;
+use half::bf16;
 use tiny_sd::Result;
 use tiny_sd::backend::cpu::{Device, Storage};
 use tiny_sd::backend::{
@@ -66,6 +67,11 @@ fn cases() -> Vec<Case> {
         case(Fused::Cat { dim: 2 }, &[&[2, 5, 4], &[2, 5, 9]]),
         case(Fused::Pixels, &[&[2, 3, 5, 7]]),
     ]
+}
+
+/// Each case with each dtype.
+fn cases_of(dtypes: &[DType]) -> impl Iterator<Item = (Case, DType)> {
+    cases().into_iter().flat_map(move |case| dtypes.iter().map(move |dtype| (case.clone(), *dtype)))
 }
 
 /// Whether `found` is what the definition gives for contiguous copies of the operands.
@@ -149,14 +155,14 @@ fn a_prepared_weight_gives_the_bits_of_a_plain_one() -> Result<()> {
 
 #[test]
 fn the_number_of_threads_changes_no_bit() -> Result<()> {
-    for (op, shapes) in cases() {
-        let mut all = (1..4).map(|threads| {
-            let device = Device::with_threads(threads)?;
-            values(&run(&op, &arguments(4, &shapes, |_| Lie::Contiguous, DType::F32, &device)?)?)
+    let devices: Vec<_> = (1..4).map(Device::with_threads).collect::<Result<_>>()?;
+    for ((op, shapes), dtype) in cases_of(&[DType::F32, DType::BF16]) {
+        let mut all = devices.iter().map(|device| {
+            values(&run(&op, &arguments(4, &shapes, |_| Lie::Contiguous, dtype, device)?)?)
         });
         let one = all.next().expect("three runs")?;
         for more in all {
-            assert_eq!(one, more?, "{op:?}");
+            assert_eq!(one, more?, "{op:?} {dtype:?}");
         }
     }
     Ok(())
@@ -165,13 +171,13 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
 #[test]
 fn what_else_is_in_the_batch_changes_no_bit() -> Result<()> {
     let device = Device::with_threads(2)?;
-    for (op, shapes) in cases() {
+    for ((op, shapes), dtype) in cases_of(&[DType::F32, DType::BF16]) {
         let batched = match &op {
             Fused::Cat { .. } => continue,
             Fused::Attention(_) | Fused::LinearCombination(_) => shapes.len(),
             _ => 1,
         };
-        let args = arguments(5, &shapes, |_| Lie::Contiguous, DType::F32, &device)?;
+        let args = arguments(5, &shapes, |_| Lie::Contiguous, dtype, &device)?;
         let single = run(&op, &args)?;
         // The same pictures behind three others.
         let more: Vec<Cpu> = args
@@ -183,12 +189,39 @@ fn what_else_is_in_the_batch_changes_no_bit() -> Result<()> {
                     return Ok(x.clone());
                 }
                 dims[0] = 3;
-                let others = tensor(&mut Random(6), &dims, Lie::Contiguous, DType::F32, &device)?;
+                let others = tensor(&mut Random(6), &dims, Lie::Contiguous, dtype, &device)?;
                 Tensor::cat(&[&others, x], 0)
             })
             .collect::<Result<_>>()?;
         let batch = run(&op, &more)?.narrow(0, 3, single.dims()[0])?;
-        assert_eq!(values(&single)?, values(&batch)?, "{op:?}");
+        assert_eq!(values(&single)?, values(&batch)?, "{op:?} {dtype:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn products_of_any_shape_match_their_definition() -> Result<()> {
+    let device = Device::with_threads(2)?;
+    let mut random = Random(13);
+    for round in 0..40 {
+        let mut size = |most: usize| 1 + random.below(most);
+        let (heads, causal) = (size(3), round % 3 == 0);
+        // Beyond what is summed at once in f32, and in bf16.
+        let (rows, inner, out) = (size(40), size(if round % 8 == 0 { 2000 } else { 90 }), size(99));
+        let (queries, keys, head_dim) = (size(150), size(400), size(70));
+        let keys = if causal { queries } else { keys };
+        let activation = [Activation::Identity, Activation::Silu][round % 2];
+        let (query, key) = (vec![2, queries, heads * head_dim], vec![2, keys, heads * head_dim]);
+        for (op, shapes) in [
+            (linear(activation), vec![vec![rows, inner], vec![out, inner], vec![out]]),
+            (attention(heads, causal), vec![query, key.clone(), key]),
+        ] {
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                let lie = |i| LIES[(i + round) % LIES.len()];
+                let args = arguments(round as u64, &shapes, lie, dtype, &device)?;
+                check(&op, &args, &run(&op, &args)?, &format!("round {round}"))?;
+            }
+        }
     }
     Ok(())
 }
@@ -206,13 +239,18 @@ fn nothing_of_an_earlier_tensor_shows_in_a_large_result() -> Result<()> {
         (Fused::Geglu, vec![vec![1025, 2060]]),
     ];
     for (op, shapes) in large {
-        for lie in [Lie::ChannelsLast, Lie::LastFirst] {
-            let args = arguments(11, &shapes, |_| lie, DType::F32, &device)?;
+        for (lie, dtype) in [
+            (Lie::ChannelsLast, DType::F32),
+            (Lie::LastFirst, DType::F32),
+            (Lie::LastFirst, DType::BF16),
+        ] {
+            let args = arguments(11, &shapes, |_| lie, dtype, &device)?;
             let shape = op.infer(&args.iter().map(|x| x.meta()).collect::<Vec<_>>())?.layout;
             let count = shape.shape().elem_count();
             assert!(count >= 1 << 20, "{op:?} gives too few elements to be kept");
             for _ in 0..2 {
-                drop(Cpu::from_slice(&vec![f32::NAN; count], count, &device)?);
+                let earlier = Cpu::from_slice(&vec![f32::NAN; count], count, &device)?;
+                drop(earlier.to_dtype(dtype)?);
             }
             check(&op, &args, &run(&op, &args)?, "after another tensor")?;
         }
@@ -224,7 +262,14 @@ fn nothing_of_an_earlier_tensor_shows_in_a_large_result() -> Result<()> {
 fn large_sums_are_those_of_small_ones() -> Result<()> {
     let device = Device::with_threads(2)?;
     let mut random = Random(12);
-    let x: Cpu = tensor(&mut random, &[2, 33, 40, 41], Lie::ChannelsLast, DType::F32, &device)?;
+    for dtype in [DType::F32, DType::BF16] {
+        large_sums(&mut random, dtype, &device)?;
+    }
+    Ok(())
+}
+
+fn large_sums(random: &mut Random, dtype: DType, device: &Device) -> Result<()> {
+    let x: Cpu = tensor(random, &[2, 33, 40, 41], Lie::ChannelsLast, dtype, device)?;
     for (dims, lie) in [
         (vec![2, 33, 40, 41], Lie::ChannelsLast),
         (vec![2, 33, 40, 41], Lie::Contiguous),
@@ -233,9 +278,10 @@ fn large_sums_are_those_of_small_ones() -> Result<()> {
         (vec![2, 1, 40, 41], Lie::Offset),
         (vec![41], Lie::Contiguous),
     ] {
-        let y: Cpu = tensor(&mut random, &dims, lie, DType::F32, &device)?;
+        let y: Cpu = tensor(random, &dims, lie, dtype, device)?;
         let (a, b) = (values(&x)?, values(&y.broadcast_as(x.dims())?)?);
-        let expected: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
+        let round = |sum: f32| if dtype == DType::F32 { sum } else { bf16::from_f32(sum).into() };
+        let expected: Vec<f32> = a.iter().zip(&b).map(|(a, b)| round(a + b)).collect();
         assert_eq!(values(&x.add(&y)?)?, expected, "{dims:?} {lie:?}");
         assert_eq!(values(&y.add(&x)?)?, expected, "{dims:?} {lie:?} in front");
     }

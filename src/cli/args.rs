@@ -151,7 +151,7 @@ pub(super) struct RunArgs {
     #[arg(short, long, action = ArgAction::SetTrue, conflicts_with = "verbose")]
     pub quiet: bool,
 
-    /// Print what each stage took, of workers also ops, bytes and round trips, and the peak of memory
+    /// Print what each stage took, what workers did in it, and the peak of memory
     #[arg(long, conflicts_with = "quiet")]
     pub stats: bool,
 

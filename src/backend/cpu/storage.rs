@@ -70,8 +70,8 @@ impl Storage {
 
 impl Drop for Storage {
     fn drop(&mut self) {
-        if let Data::Plain(CpuStorage::F32(values)) = &mut self.data {
-            kernels::give(std::mem::take(values));
+        if let Data::Plain(plain) = &mut self.data {
+            kernels::give(plain);
         }
     }
 }

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::super::Storage;
 use super::memory::{Gather, Plain, TASK, check, unsupported, zeroed};
+use super::spare;
 use crate::backend::order::memory_order;
 use crate::backend::{Meta, View};
 use crate::error::{Error, Result};
@@ -18,7 +19,7 @@ pub fn cat(dim: usize, args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuSto
     }
     /// Joins the parts if all are of one variant.
     macro_rules! join_as {
-        ($variant:ident) => {{
+        ($variant:ident, $take:path) => {{
             let mut parts = Vec::with_capacity(args.len());
             for arg in args {
                 let CpuStorage::$variant(values) = arg.storage.elements()? else {
@@ -26,20 +27,20 @@ pub fn cat(dim: usize, args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuSto
                 };
                 parts.push((values.as_slice(), arg.layout));
             }
-            join(dim, &parts, meta).map(CpuStorage::$variant)
+            join(dim, &parts, meta, $take).map(CpuStorage::$variant)
         }};
     }
     let Some(first) = args.first() else { return Err(Error::other("cat of nothing")) };
     match first.storage.elements()? {
-        CpuStorage::U8(_) => join_as!(U8),
-        CpuStorage::U32(_) => join_as!(U32),
-        CpuStorage::I16(_) => join_as!(I16),
-        CpuStorage::I32(_) => join_as!(I32),
-        CpuStorage::I64(_) => join_as!(I64),
-        CpuStorage::BF16(_) => join_as!(BF16),
-        CpuStorage::F16(_) => join_as!(F16),
-        CpuStorage::F32(_) => join_as!(F32),
-        CpuStorage::F64(_) => join_as!(F64),
+        CpuStorage::U8(_) => join_as!(U8, zeroed),
+        CpuStorage::U32(_) => join_as!(U32, zeroed),
+        CpuStorage::I16(_) => join_as!(I16, zeroed),
+        CpuStorage::I32(_) => join_as!(I32, zeroed),
+        CpuStorage::I64(_) => join_as!(I64, zeroed),
+        CpuStorage::BF16(_) => join_as!(BF16, spare::take),
+        CpuStorage::F16(_) => join_as!(F16, spare::take),
+        CpuStorage::F32(_) => join_as!(F32, spare::take),
+        CpuStorage::F64(_) => join_as!(F64, zeroed),
         other @ (CpuStorage::F8E4M3(_)
         | CpuStorage::F6E2M3(_)
         | CpuStorage::F6E3M2(_)
@@ -48,10 +49,15 @@ pub fn cat(dim: usize, args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuSto
     }
 }
 
-fn join<T: Plain>(dim: usize, parts: &[(&[T], &Layout)], meta: &Meta) -> Result<Vec<T>> {
+fn join<T: Plain>(
+    dim: usize,
+    parts: &[(&[T], &Layout)],
+    meta: &Meta,
+    take: impl Fn(usize) -> Result<Vec<T>>,
+) -> Result<Vec<T>> {
     let order = memory_order(&meta.layout);
     let dims = meta.layout.dims();
-    let mut values = zeroed(meta.layout.shape().elem_count())?;
+    let mut values = take(meta.layout.shape().elem_count())?;
     let place = order.iter().position(|&d| d == dim).unwrap_or(0);
     // In memory: everything slower than `dim`, then the parts' entries of `dim` and all faster.
     let faster: usize = order[place + 1..].iter().map(|&d| dims[d]).product();

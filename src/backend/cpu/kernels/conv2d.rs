@@ -3,10 +3,14 @@
 //! the image first only changes which pixels the window reads.
 
 use candle_core::CpuStorage;
+use half::bf16;
 
 use super::super::Storage;
+use super::element::{As, Element, with_number};
 use super::matrix::{Panels, product};
-use super::memory::{channels_last, result, row_major};
+use super::memory::{in_order, row_major};
+use super::micro::Unit;
+use super::pair::Pair;
 use super::spare;
 use super::weight::{Form, held};
 use super::winograd;
@@ -18,29 +22,38 @@ pub fn conv2d(op: &Conv2d, args: &[View<'_, Storage>], meta: &Meta) -> Result<Cp
     let [x, weight, bias @ ..] = args else { return Err(Error::other("conv2d of one operand")) };
     let (held, bias) = (held(*weight, Role::Conv2d { stride: op.stride })?, bias.first().copied());
     match held.form() {
-        Form::Panels(panels) => direct(op, [*x, *weight], panels, bias, meta),
+        Form::Panels(panels) => {
+            with_number!(meta.dtype, T => {
+                direct::<T, f32>(op, [*x, *weight], panels, bias, meta)
+            })
+        }
+        Form::Pairs(panels) => direct::<bf16, Pair>(op, [*x, *weight], panels, bias, meta),
         Form::Transformed(kernel) => winograd::conv2d(op, *x, kernel, bias, meta),
     }
 }
 
-fn direct(
+fn direct<T, U>(
     op: &Conv2d,
     [x, weight]: [View<'_, Storage>; 2],
-    panels: &Panels,
+    panels: &Panels<U>,
     bias: Option<View<'_, Storage>>,
     meta: &Meta,
-) -> Result<CpuStorage> {
+) -> Result<CpuStorage>
+where
+    T: Element + As<U::Number>,
+    U: Unit,
+{
     let (&[_, channels, height, width], &[_, _, kernel_h, kernel_w], &[batch, out, out_h, out_w]) =
         (x.layout.dims(), weight.layout.dims(), meta.layout.dims())
     else {
         return Err(Error::other("conv2d of operands without 4 dimensions"));
     };
     let size = op.input_size(height, width);
-    let x = channels_last(x)?;
+    let x = in_order::<T>(x, &[0, 2, 3, 1])?;
     let bias = bias.map(row_major).transpose()?;
     let rows = seen(op, out_h, kernel_h, size.height, height)?;
     let columns = seen(op, out_w, kernel_w, size.width, width)?;
-    let fill = |pixel: usize, k0: usize, mut piece: &mut [f32]| {
+    let fill = |pixel: usize, k0: usize, mut piece: &mut [U::Number]| {
         let (image, within) = (pixel / (out_h * out_w), pixel % (out_h * out_w));
         let rows = &rows[within / out_w * kernel_h..][..kernel_h];
         let columns = &columns[within % out_w * kernel_w..][..kernel_w];
@@ -53,16 +66,16 @@ fn direct(
             match (row.pixel, column.pixel) {
                 (Some(row), Some(column)) => {
                     let pixel = (image * height + row) * width + column;
-                    now.copy_from_slice(&x[pixel * channels + channel..][..now.len()]);
+                    T::copy(&x[pixel * channels + channel..][..now.len()], now);
                 }
-                _ => now.fill(0.0),
+                _ => now.fill(U::Number::default()),
             }
             (tap, channel, piece) = (tap + column.together, 0, rest);
         }
     };
-    let mut values = spare::take(batch * out_h * out_w * out)?;
+    let mut values = spare::take::<T>(batch * out_h * out_w * out)?;
     product(batch * out_h * out_w, panels, bias.as_deref(), &mut values, fill, |_| ());
-    result(values, meta.dtype)
+    Ok(T::store(values))
 }
 
 /// What a tap of the window sees along one side.

@@ -2,30 +2,54 @@
 //! still in the cache.
 
 use candle_core::CpuStorage;
+use half::bf16;
 
 use super::super::Storage;
-use super::matrix::product;
-use super::memory::{Rows, result, row_major};
+use super::element::{As, Element, with_number};
+use super::matrix::{Panels, product};
+use super::memory::{Rows, row_major};
+use super::micro::Unit;
+use super::pair::Pair;
 use super::simd::{for_each_isa, gelu, quick_gelu, silu};
 use super::spare;
-use super::weight::held;
+use super::weight::{Form, held};
 use crate::backend::{Activation, Linear, Meta, Role, View};
 use crate::error::{Error, Result};
 
 /// See [`Linear`]; row-major.
 pub fn linear(op: &Linear, args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuStorage> {
     let [x, weight, bias @ ..] = args else { return Err(Error::other("linear of one operand")) };
-    let (x, weight) = (Rows::read(*x)?, held(*weight, Role::Linear)?);
-    let panels = weight.panels()?;
+    let weight = held(*weight, Role::Linear)?;
     let bias = bias.first().map(|bias| row_major(*bias)).transpose()?;
-    let mut values = spare::take(meta.layout.shape().elem_count())?;
+    let (bias, activation) = (bias.as_deref(), op.activation);
+    match weight.form() {
+        Form::Panels(panels) => {
+            with_number!(meta.dtype, T => multiply::<T, f32>(*x, panels, bias, activation, meta))
+        }
+        Form::Pairs(panels) => multiply::<bf16, Pair>(*x, panels, bias, activation, meta),
+        Form::Transformed(kernel) => Err(Error::other(format!("{kernel:?} is no matrix"))),
+    }
+}
+
+fn multiply<T, U>(
+    x: View<'_, Storage>,
+    panels: &Panels<U>,
+    bias: Option<&[f32]>,
+    activation: Activation,
+    meta: &Meta,
+) -> Result<CpuStorage>
+where
+    T: Element + As<U::Number>,
+    U: Unit,
+{
+    let x = Rows::<T>::read(x)?;
+    let mut values = spare::take::<T>(meta.layout.shape().elem_count())?;
     let rows = values.len() / panels.columns();
-    let fill = |row: usize, k0: usize, piece: &mut [f32]| {
-        piece.copy_from_slice(&x.row(row)[k0..k0 + piece.len()]);
+    let fill = |row: usize, k0: usize, piece: &mut [U::Number]| {
+        T::copy(&x.row(row)[k0..k0 + piece.len()], piece);
     };
-    let finish = |row: &mut [f32]| activate(row, op.activation);
-    product(rows, panels, bias.as_deref(), &mut values, fill, finish);
-    result(values, meta.dtype)
+    product(rows, panels, bias, &mut values, fill, |row| activate(row, activation));
+    Ok(T::store(values))
 }
 
 fn activate(values: &mut [f32], activation: Activation) {

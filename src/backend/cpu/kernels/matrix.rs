@@ -5,8 +5,9 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::memory::{Element, Shared, zeroed};
-use super::micro::{self, DEPTH, HALF, ROW, WIDTH};
+use super::element::{As, Element};
+use super::memory::{Shared, zeroed};
+use super::micro::{self, DEPTH, HALF, ROW, Unit, WIDTH};
 use super::simd::Isa;
 use crate::error::{Error, Result};
 
@@ -17,15 +18,17 @@ const PANELS: usize = 10;
 /// Tiles are made narrower until there are so many of them.
 const TASKS: usize = 16;
 
-/// A matrix `(k, n)` in panels of [`WIDTH`] columns, each `(k, WIDTH)` and filled up with zeros;
-/// the last panel is [`HALF`] as wide where that is enough.
-pub struct Panels {
+/// A matrix `(k, n)` in panels of [`WIDTH`] columns, each `(depth, WIDTH)` units and filled up with
+/// zeros; the last panel is [`HALF`] as wide where that is enough.
+pub struct Panels<U = f32> {
     k: usize,
+    /// `k` in units.
+    depth: usize,
     n: usize,
-    values: Vec<f32>,
+    units: Vec<U>,
 }
 
-impl std::fmt::Debug for Panels {
+impl<U> std::fmt::Debug for Panels<U> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Panels({} x {})", self.k, self.n)
     }
@@ -48,22 +51,26 @@ pub struct Source<'a> {
     pub channel_stride: usize,
 }
 
-impl Panels {
+impl<U: Unit> Panels<U> {
     /// Packs a matrix.
     ///
     /// # Errors
     /// If the memory cannot be had.
-    pub fn pack<T: Element>(values: &[T], source: &Source<'_>) -> Result<Self> {
+    pub fn pack<T: As<U::Number> + Element>(values: &[T], source: &Source<'_>) -> Result<Self> {
         let too_large = || Error::other("a weight is too large to be packed");
         let (n, taps) = (source.columns, source.taps.len());
         let k = taps.checked_mul(source.channels).ok_or_else(too_large)?;
+        let depth = k.div_ceil(U::NUMBERS);
         let columns = n.checked_next_multiple_of(HALF).ok_or_else(too_large)?;
-        let mut packed = zeroed(k.checked_mul(columns).ok_or_else(too_large)?)?;
-        if k > 0 {
-            let panels = packed.par_chunks_mut(k * WIDTH).enumerate();
-            panels.for_each(|(j, panel)| pack_panel(values, source, j * WIDTH, panel));
+        let mut units = zeroed(depth.checked_mul(columns).ok_or_else(too_large)?)?;
+        if depth > 0 {
+            let panels = units.par_chunks_mut(depth * WIDTH).enumerate();
+            panels.for_each(|(j, panel): (usize, &mut [U])| {
+                let width = panel.len() / depth;
+                pack_panel(values, source, j * WIDTH, width, U::NUMBERS, U::numbers(panel));
+            });
         }
-        Ok(Self { k, n, values: packed })
+        Ok(Self { k, depth, n, units })
     }
 
     /// Number of columns.
@@ -73,7 +80,7 @@ impl Panels {
 
     /// Bytes of memory.
     pub fn held_bytes(&self) -> u64 {
-        size_of_val(self.values.as_slice()) as u64
+        size_of_val(self.units.as_slice()) as u64
     }
 
     /// Number of panels.
@@ -81,19 +88,19 @@ impl Panels {
         self.n.div_ceil(WIDTH)
     }
 
-    /// Rows `k0 .. k0 + depth` of the `j`-th panel, and its width.
-    fn piece(&self, j: usize, k0: usize, depth: usize) -> (&[f32], usize) {
+    /// `depth` rows of units of the `j`-th panel from the `k0`-th on, and its width.
+    fn piece(&self, j: usize, k0: usize, depth: usize) -> (&[U], usize) {
         let width = if self.n - j * WIDTH <= HALF { HALF } else { WIDTH };
-        let start = j * WIDTH * self.k + k0 * width;
-        (&self.values[start..start + depth * width], width)
+        let start = j * WIDTH * self.depth + k0 * width;
+        (&self.units[start..start + depth * width], width)
     }
 
-    /// `c += a · self[k0 .. k0 + depth, panels]`: see [`micro::multiply`]. Columns of `c` count
-    /// from the first of `panels`.
-    pub fn multiply(
+    /// `c += a · self[k0 .. k0 + depth, panels]`, `k0` and `depth` in units: see
+    /// [`micro::multiply`]. Columns of `c` count from the first of `panels`.
+    fn multiply(
         &self,
         isa: Isa,
-        a: &[f32],
+        a: &[U],
         (rows, k0, depth): (usize, usize, usize),
         panels: std::ops::Range<usize>,
         c: &mut [f32],
@@ -106,47 +113,54 @@ impl Panels {
     }
 }
 
-/// Fills one panel, whose first column is `first`, in blocks that stay in the L1 cache.
-pub fn pack_panel<T: Element>(values: &[T], source: &Source<'_>, first: usize, panel: &mut [f32]) {
+/// Fills one panel, whose first column is `first`, in blocks that stay in the L1 cache. In the
+/// panel, `together` numbers along k lie side by side.
+pub fn pack_panel<T: As<N> + Element, N: Element>(
+    values: &[T],
+    source: &Source<'_>,
+    first: usize,
+    width: usize,
+    together: usize,
+    panel: &mut [N],
+) {
     const BLOCK: usize = 16;
     let (taps, channels) = (source.taps, source.channels);
-    let width = panel.len() / (taps.len() * channels);
     let columns = width.min(source.columns - first);
-    let (mut narrow, mut wide) = ([T::default(); BLOCK], [0f32; BLOCK]);
-    let contiguous = source.channel_stride == 1;
+    let (mut gathered, mut converted) = ([T::default(); BLOCK], [N::default(); BLOCK]);
     for c0 in (0..channels).step_by(BLOCK) {
         let count = BLOCK.min(channels - c0);
         for column in 0..columns {
             let base = source.offset + (first + column) * source.column_stride;
             for (tap, &offset) in taps.iter().enumerate() {
                 let start = base + offset + c0 * source.channel_stride;
-                if contiguous {
-                    T::widen(&values[start..start + count], &mut wide[..count]);
+                let from = if source.channel_stride == 1 {
+                    &values[start..start + count]
                 } else {
-                    for (i, value) in narrow[..count].iter_mut().enumerate() {
+                    for (i, value) in gathered[..count].iter_mut().enumerate() {
                         *value = values[start + i * source.channel_stride];
                     }
-                    T::widen(&narrow[..count], &mut wide[..count]);
-                }
-                let to = &mut panel[(tap * channels + c0) * width..][..count * width];
-                for (row, &value) in to.chunks_exact_mut(width).zip(&wide) {
-                    row[column] = value;
+                    &gathered[..count]
+                };
+                let k0 = tap * channels + c0;
+                for (i, &value) in T::read(from, &mut converted).iter().enumerate() {
+                    let (unit, part) = ((k0 + i) / together, (k0 + i) % together);
+                    panel[(unit * width + column) * together + part] = value;
                 }
             }
         }
     }
 }
 
-/// `out = finish(rows · panels + bias)`, `(rows, n)` row-major.
+/// `out = finish(rows · panels + bias)`, `(rows, n)` row-major, rounded once.
 ///
-/// `fill(row, k0, piece)` writes elements of a row from the `k0`-th on. How the work is split
+/// `fill(row, k0, piece)` writes numbers of a row from the `k0`-th on. How the work is split
 /// follows from the shape alone.
-pub fn product(
+pub fn product<U: Unit, O: Element>(
     rows: usize,
-    panels: &Panels,
+    panels: &Panels<U>,
     bias: Option<&[f32]>,
-    out: &mut [f32],
-    fill: impl Fn(usize, usize, &mut [f32]) + Sync,
+    out: &mut [O],
+    fill: impl Fn(usize, usize, &mut [U::Number]) + Sync,
     finish: impl Fn(&mut [f32]) + Sync,
 ) {
     let n = panels.columns();
@@ -160,7 +174,7 @@ pub fn product(
         let part_rows = part(task / across, tiles, rows);
         let part_panels = part(task % across, across, panels.count());
         let (first, end) = (part_panels.start * WIDTH, n.min(part_panels.end * WIDTH));
-        with_scratch(|[a, c]| {
+        with_scratch::<U>(TILE * ROW, TILE * PANELS * WIDTH, |a, c| {
             let c_row = part_panels.len() * WIDTH;
             let c = &mut c[..part_rows.len() * c_row];
             for row in c.chunks_exact_mut(c_row) {
@@ -169,10 +183,13 @@ pub fn product(
                     None => row.fill(0.0),
                 }
             }
-            for k0 in (0..panels.k).step_by(DEPTH) {
-                let depth = DEPTH.min(panels.k - k0);
+            for k0 in (0..panels.depth).step_by(DEPTH) {
+                let depth = DEPTH.min(panels.depth - k0);
+                let numbers = k0 * U::NUMBERS..panels.k.min((k0 + depth) * U::NUMBERS);
                 for (row, a) in part_rows.clone().zip(a.chunks_exact_mut(ROW)) {
-                    fill(row, k0, &mut a[..depth]);
+                    let (a, beyond) = U::numbers(&mut a[..depth]).split_at_mut(numbers.len());
+                    fill(row, numbers.start, a);
+                    beyond.fill(U::Number::default());
                 }
                 let shape = (part_rows.len(), k0, depth);
                 panels.multiply(isa, a, shape, part_panels.clone(), c, c_row);
@@ -181,22 +198,24 @@ pub fn product(
                 let c = &mut c[..end - first];
                 finish(c);
                 // SAFETY: tasks differ in their rows or in their columns, and neither overlap.
-                unsafe { out.piece(row * n + first, c.len()) }.copy_from_slice(c);
+                O::narrow(c, unsafe { out.piece(row * n + first, c.len()) });
             }
         });
     });
 }
 
 thread_local! {
-    /// Rows of one operand and the tile of the result, kept by each thread: 0.5 MB.
-    static SCRATCH: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+    /// The tile of the result, kept by each thread.
+    static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Lends this thread's buffers for one tile. `work` must not start parallel work.
-fn with_scratch(work: impl FnOnce(&mut [Vec<f32>; 2])) {
-    SCRATCH.with_borrow_mut(|scratch| {
-        scratch[0].resize(TILE * ROW, 0.0);
-        scratch[1].resize(TILE * PANELS * WIDTH, 0.0);
-        work(scratch);
+/// Lends this thread's buffers, with anything in them. `work` must not start parallel work.
+pub fn with_scratch<U: Unit>(units: usize, sums: usize, work: impl FnOnce(&mut [U], &mut [f32])) {
+    U::scratch().with_borrow_mut(|kept_units| {
+        SUMS.with_borrow_mut(|kept_sums| {
+            kept_units.resize(units.max(kept_units.len()), U::default());
+            kept_sums.resize(sums.max(kept_sums.len()), 0.0);
+            work(&mut kept_units[..units], &mut kept_sums[..sums]);
+        });
     });
 }

@@ -7,11 +7,12 @@ use std::marker::PhantomData;
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Layout};
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::super::Storage;
+use super::element::Element;
+use super::pair::Pair;
 use super::simd::prefetch;
 use super::spare;
 use crate::backend::View;
@@ -21,76 +22,13 @@ use crate::error::{Error, Result};
 /// Elements that one task of a parallel loop handles at least.
 pub const TASK: usize = 1 << 15;
 
-/// A number that operands are stored as.
-pub trait Element: Copy + Default + Send + Sync + 'static {
-    /// Converts a slice; both have the same length.
-    fn widen(from: &[Self], to: &mut [f32]);
-
-    /// Rounds a slice; both have the same length.
-    fn narrow(from: &[f32], to: &mut [Self]);
-
-    /// The same slice if it needs no conversion.
-    fn as_f32(_: &[Self]) -> Option<&[f32]> {
-        None
-    }
-
-    /// Reads elements of a view from the `start`-th on, a buffer at a time.
-    fn gather(values: &[Self], source: &Gather, start: usize, piece: &mut [f32]) {
-        let mut buffer = [Self::default(); 4096];
-        for (i, piece) in piece.chunks_mut(buffer.len()).enumerate() {
-            let buffer = &mut buffer[..piece.len()];
-            source.copy_from(values, start + i * 4096, buffer);
-            Self::widen(buffer, piece);
-        }
-    }
-}
-
-impl Element for f32 {
-    fn widen(from: &[Self], to: &mut [f32]) {
-        to.copy_from_slice(from);
-    }
-
-    fn narrow(from: &[f32], to: &mut [Self]) {
-        to.copy_from_slice(from);
-    }
-
-    fn as_f32(values: &[Self]) -> Option<&[f32]> {
-        Some(values)
-    }
-
-    fn gather(values: &[Self], source: &Gather, start: usize, piece: &mut [f32]) {
-        source.copy_from(values, start, piece);
-    }
-}
-
-impl Element for f16 {
-    fn widen(from: &[Self], to: &mut [f32]) {
-        from.convert_to_f32_slice(to);
-    }
-
-    fn narrow(from: &[f32], to: &mut [Self]) {
-        to.convert_from_f32_slice(from);
-    }
-}
-
-impl Element for bf16 {
-    fn widen(from: &[Self], to: &mut [f32]) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = f32::from_bits(u32::from(from.to_bits()) << 16);
-        }
-    }
-
-    fn narrow(from: &[f32], to: &mut [Self]) {
-        to.convert_from_f32_slice(from);
-    }
-}
-
 /// Numbers whose zero is all bits zero.
 pub trait Plain: Copy + Send + Sync + 'static {}
 impl Plain for f32 {}
 impl Plain for f64 {}
 impl Plain for f16 {}
 impl Plain for bf16 {}
+impl Plain for Pair {}
 impl Plain for u8 {}
 impl Plain for u32 {}
 impl Plain for i16 {}
@@ -213,49 +151,63 @@ pub fn channels_last<'a>(view: View<'a, Storage>) -> Result<Cow<'a, [f32]>> {
     dense(view, &[0, 2, 3, 1])
 }
 
+/// The elements of a view's buffer, within which the view lies.
+fn elements<'a, T: Element>(view: View<'a, Storage>) -> Result<&'a [T]> {
+    check(view)?;
+    let storage = view.storage.elements()?;
+    T::of(storage).ok_or_else(|| {
+        let (found, wanted) = (storage.dtype().as_str(), T::DTYPE.as_str());
+        Error::other(format!("an operand is {found}, not {wanted}"))
+    })
+}
+
+/// The elements of a view in row-major order of its dimensions taken in `order`, borrowed if they
+/// lie so.
+pub fn in_order<'a, T: Element>(view: View<'a, Storage>, order: &[usize]) -> Result<Cow<'a, [T]>> {
+    let (values, layout) = (elements(view)?, view.layout.permute(order)?);
+    if let Some(values) = contiguous(values, &layout) {
+        return Ok(Cow::Borrowed(values));
+    }
+    let mut result = spare::take(layout.shape().elem_count())?;
+    let source = Gather::new(&layout);
+    source.each_task(&mut result, |start, piece| source.copy_from(values, start, piece));
+    Ok(Cow::Owned(result))
+}
+
 /// Vectors along the last dimension of an operand, each contiguous.
-pub struct Rows<'a> {
-    values: Cow<'a, [f32]>,
+pub struct Rows<'a, T: Element> {
+    values: Cow<'a, [T]>,
     start: usize,
     /// Sizes and strides of the dimensions before the last.
     outer: Vec<(usize, usize)>,
     width: usize,
 }
 
-impl<'a> Rows<'a> {
-    /// Reads an operand; f32 with a contiguous last dimension is not copied, however its rows lie.
+impl<'a, T: Element> Rows<'a, T> {
+    /// Reads an operand; one with a contiguous last dimension is not copied, however its rows lie.
     pub fn read(view: View<'a, Storage>) -> Result<Self> {
-        check(view)?;
+        let values = elements(view)?;
         let (dims, stride) = (view.layout.dims(), view.layout.stride());
-        let (Some(&width), Some(&step)) = (dims.last(), stride.last()) else {
+        let (Some((&width, dims)), Some((&step, stride))) =
+            (dims.split_last(), stride.split_last())
+        else {
             return Err(Error::other("an operand has no dimensions"));
         };
-        if let (CpuStorage::F32(values), true) = (view.storage.elements()?, step == 1 || width == 1)
-        {
-            let outer = merged(&dims[..dims.len() - 1], &stride[..dims.len() - 1]);
+        if step == 1 || width == 1 {
             let start = view.layout.start_offset();
-            return Ok(Self { values: Cow::Borrowed(values), start, outer, width });
+            let values = Cow::Borrowed(values);
+            return Ok(Self { values, start, outer: merged(dims, stride), width });
         }
-        let values = row_major(view)?;
+        let order: Vec<usize> = (0..view.layout.dims().len()).collect();
+        let values = in_order(view, &order)?;
         let outer = vec![(values.len() / width.max(1), width)];
         Ok(Self { values, start: 0, outer, width })
     }
 
-    /// Rows from the `first`-th on as a matrix: the elements, where it begins, and the distance
-    /// of its rows, up to the end of the dimension before the last.
-    pub fn matrix(&self, first: usize) -> (&[f32], usize, usize) {
-        let step = self.outer.last().map_or(self.width, |&(_, stride)| stride);
-        (&self.values, self.place(first), step)
-    }
-
     /// The row of a row-major index over the dimensions before the last.
-    pub fn row(&self, index: usize) -> &[f32] {
-        let start = self.place(index);
+    pub fn row(&self, index: usize) -> &[T] {
+        let start = self.start + place(&self.outer, index);
         &self.values[start..start + self.width]
-    }
-
-    fn place(&self, index: usize) -> usize {
-        self.start + place(&self.outer, index)
     }
 }
 
@@ -391,31 +343,6 @@ fn place(outer: &[(usize, usize)], mut index: usize) -> usize {
         index /= size;
     }
     place + index * slowest
-}
-
-/// The result of an f32 kernel as the operands' dtype.
-///
-/// # Errors
-/// If it is not one that kernels compute in.
-pub fn result(values: Vec<f32>, dtype: DType) -> Result<CpuStorage> {
-    match dtype {
-        DType::F32 => Ok(CpuStorage::F32(values)),
-        DType::F16 => {
-            let mut narrow = zeroed::<f16>(values.len())?;
-            let pieces = narrow.par_chunks_mut(TASK).zip(values.par_chunks(TASK));
-            pieces.for_each(|(to, from)| to.convert_from_f32_slice(from));
-            spare::give(values);
-            Ok(CpuStorage::F16(narrow))
-        }
-        DType::BF16 => {
-            let mut narrow = zeroed::<bf16>(values.len())?;
-            let pieces = narrow.par_chunks_mut(TASK).zip(values.par_chunks(TASK));
-            pieces.for_each(|(to, from)| to.convert_from_f32_slice(from));
-            spare::give(values);
-            Ok(CpuStorage::BF16(narrow))
-        }
-        other => Err(unsupported(other)),
-    }
 }
 
 /// For dtypes that kernels do not compute in.

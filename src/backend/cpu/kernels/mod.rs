@@ -1,5 +1,9 @@
-//! The fused ops on the CPU: one kernel a file, all in f32 inside. Separate from the storage
-//! because `unsafe` may appear here and nowhere else.
+//! The fused ops on the CPU: one kernel a file. Separate from the storage because `unsafe` may
+//! appear here and nowhere else.
+//!
+//! All compute in f32, on blocks of the operands that are widened while they are in the cache; but
+//! where the processor multiplies bf16, products of bf16 are of the operands as they are, summed in
+//! f32. Results are rounded once.
 //!
 //! The bits of a result depend on the operands and on the instruction set alone: not on the number
 //! of threads, and not on what else is in the batch.
@@ -9,13 +13,17 @@ mod attention;
 mod cat;
 mod choice;
 mod conv2d;
+mod element;
+mod flash;
 mod linear;
 mod matrix;
 mod memory;
 mod micro;
 mod norm;
+mod pair;
 mod pointwise;
 mod simd;
+mod softmax;
 mod spare;
 mod upload;
 mod weight;

@@ -5,7 +5,8 @@ use candle_core::CpuStorage;
 use rayon::prelude::*;
 
 use super::super::Storage;
-use super::memory::{Rows, TASK, channels_last, result, row_major};
+use super::element::{As, Element, with_number};
+use super::memory::{Rows, TASK, in_order, row_major};
 use super::simd::{for_each_isa, silu};
 use super::spare;
 use crate::backend::{GroupNorm, LayerNorm, Meta, View};
@@ -13,10 +14,19 @@ use crate::error::{Error, Result};
 
 /// See [`GroupNorm`]; `(batch, height, width, channels)` in memory.
 pub fn group_norm(op: &GroupNorm, args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuStorage> {
+    with_number!(meta.dtype, T => group_norm_of::<T>(op, args, meta))
+}
+
+fn group_norm_of<T: Element>(
+    op: &GroupNorm,
+    args: &[View<'_, Storage>],
+    meta: &Meta,
+) -> Result<CpuStorage> {
     let ([x, weight, bias], &[_, channels, height, width]) = (args, meta.layout.dims()) else {
         return Err(Error::other("group_norm takes an image, a weight and a bias"));
     };
-    let (x, weight, bias) = (channels_last(*x)?, row_major(*weight)?, row_major(*bias)?);
+    let x = in_order::<T>(*x, &[0, 2, 3, 1])?;
+    let (weight, bias) = (row_major(*weight)?, row_major(*bias)?);
     let image = channels * height * width;
     // Whole pixels for each task.
     let task = (TASK / channels).max(1) * channels;
@@ -27,7 +37,8 @@ pub fn group_norm(op: &GroupNorm, args: &[View<'_, Storage>], meta: &Meta) -> Re
             let image = &x[i / tasks * image..][..image];
             let start = i % tasks * task;
             let mut sums = vec![0.0; 2 * channels];
-            sum_pixels(&image[start..image.len().min(start + task)], &mut sums);
+            let pixels = &image[start..image.len().min(start + task)];
+            T::read_blocks(pixels, channels, |pixels| sum_pixels(pixels, &mut sums));
             sums
         })
         .collect();
@@ -35,20 +46,22 @@ pub fn group_norm(op: &GroupNorm, args: &[View<'_, Storage>], meta: &Meta) -> Re
         .chunks(tasks)
         .map(|tasks| scale_and_shift(op, tasks, height * width, &weight, &bias))
         .collect();
-    let mut values = spare::take(x.len())?;
+    let mut values = spare::take::<T>(x.len())?;
     // One image after another, so that a piece never spans two.
     for ((to, from), scale) in values.chunks_mut(image).zip(x.chunks(image)).zip(&scales) {
         let pieces = to.par_chunks_mut(task).zip(from.par_chunks(task));
         pieces.for_each(|(to, from)| {
             let (scale, shift) = scale.split_at(channels);
-            if op.silu {
-                affine_silu(from, to, scale, shift);
-            } else {
-                affine(from, to, scale, shift);
-            }
+            T::map_blocks(from, to, channels, |from, to| {
+                if op.silu {
+                    affine_silu(from, to, scale, shift);
+                } else {
+                    affine(from, to, scale, shift);
+                }
+            });
         });
     }
-    result(values, meta.dtype)
+    Ok(T::store(values))
 }
 
 /// Per channel: what x is multiplied with, then what is added. From sums and sums of squares per
@@ -121,18 +134,28 @@ for_each_isa! {
 
 /// See [`LayerNorm`]; row-major.
 pub fn layer_norm(op: &LayerNorm, args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuStorage> {
+    with_number!(meta.dtype, T => layer_norm_of::<T>(op, args, meta))
+}
+
+fn layer_norm_of<T: Element>(
+    op: &LayerNorm,
+    args: &[View<'_, Storage>],
+    meta: &Meta,
+) -> Result<CpuStorage> {
     let ([x, weight, bias], Some(&width)) = (args, meta.layout.dims().last()) else {
         return Err(Error::other("layer_norm takes 3 operands with dimensions"));
     };
-    let (x, weight, bias) = (Rows::read(*x)?, row_major(*weight)?, row_major(*bias)?);
-    let mut values = spare::take(meta.layout.shape().elem_count())?;
+    let (x, weight, bias) = (Rows::<T>::read(*x)?, row_major(*weight)?, row_major(*bias)?);
+    let mut values = spare::take::<T>(meta.layout.shape().elem_count())?;
     let rows = (TASK / width).max(1);
     values.par_chunks_mut(rows * width).enumerate().for_each(|(task, piece)| {
+        let (mut wide, mut normal) = (vec![0.0; width], vec![0.0; width]);
         for (i, to) in piece.chunks_exact_mut(width).enumerate() {
-            normalise_row(x.row(task * rows + i), to, &weight, &bias, op.eps);
+            let from = T::read(x.row(task * rows + i), &mut wide);
+            T::write(to, &mut normal, |to| normalise_row(from, to, &weight, &bias, op.eps));
         }
     });
-    result(values, meta.dtype)
+    Ok(T::store(values))
 }
 
 for_each_isa! {

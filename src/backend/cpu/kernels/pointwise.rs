@@ -6,7 +6,8 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::super::Storage;
-use super::memory::{Plain, Rows, TASK, channels_last, dense, result, unsupported, zeroed};
+use super::element::{As, BLOCK, Element, with_number};
+use super::memory::{Rows, TASK, channels_last, in_order, unsupported, zeroed};
 use super::simd::{for_each_isa, gelu};
 use super::spare;
 use crate::backend::order::memory_order;
@@ -15,19 +16,30 @@ use crate::error::{Error, Result};
 
 /// See [`crate::backend::Fused::Geglu`]; row-major.
 pub fn geglu(args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuStorage> {
+    with_number!(meta.dtype, T => geglu_of::<T>(args, meta))
+}
+
+fn geglu_of<T: Element>(args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuStorage> {
     let ([x], Some(&width)) = (args, meta.layout.dims().last()) else {
         return Err(Error::other("geglu takes one operand with dimensions"));
     };
-    let x = Rows::read(*x)?;
-    let mut values = spare::take(meta.layout.shape().elem_count())?;
+    let x = Rows::<T>::read(*x)?;
+    let mut values = spare::take::<T>(meta.layout.shape().elem_count())?;
     let rows = (TASK / width).max(1);
     values.par_chunks_mut(rows * width).enumerate().for_each(|(task, piece)| {
+        let mut buffers = [[0f32; BLOCK]; 3];
+        let [wide_value, wide_gate, result] = &mut buffers;
         for (i, to) in piece.chunks_exact_mut(width).enumerate() {
             let (value, gate) = x.row(task * rows + i).split_at(width);
-            gated(value, gate, to);
+            let blocks = value.chunks(BLOCK).zip(gate.chunks(BLOCK));
+            for ((value, gate), to) in blocks.zip(to.chunks_mut(BLOCK)) {
+                let value = T::read(value, wide_value);
+                let gate = T::read(gate, wide_gate);
+                T::write(to, result, |to| gated(value, gate, to));
+            }
         }
     });
-    result(values, meta.dtype)
+    Ok(T::store(values))
 }
 
 for_each_isa! {
@@ -44,33 +56,40 @@ pub fn linear_combination(
     args: &[View<'_, Storage>],
     meta: &Meta,
 ) -> Result<CpuStorage> {
-    let order = memory_order(&meta.layout);
-    let terms: Vec<_> = args.iter().map(|arg| dense(*arg, &order)).collect::<Result<_>>()?;
-    let mut sums: Vec<f64> = zeroed(meta.layout.shape().elem_count())?;
-    sums.par_chunks_mut(TASK).enumerate().for_each(|(task, sums)| {
-        for (coefficient, term) in coefficients.iter().zip(&terms) {
-            for (sum, x) in sums.iter_mut().zip(&term[task * TASK..]) {
-                *sum += coefficient * f64::from(*x);
-            }
-        }
-    });
     match meta.dtype {
-        DType::F32 => rounded(&sums, |x| x as f32).map(CpuStorage::F32),
-        DType::F16 => rounded(&sums, f16::from_f64).map(CpuStorage::F16),
-        DType::BF16 => rounded(&sums, bf16::from_f64).map(CpuStorage::BF16),
+        DType::F32 => combined(coefficients, args, meta, |sum| sum as f32),
+        DType::F16 => combined(coefficients, args, meta, f16::from_f64),
+        DType::BF16 => combined(coefficients, args, meta, bf16::from_f64),
         other => Err(unsupported(other)),
     }
 }
 
-fn rounded<T: Plain>(sums: &[f64], round: impl Fn(f64) -> T + Sync) -> Result<Vec<T>> {
-    let mut values = zeroed(sums.len())?;
-    let pieces = values.par_chunks_mut(TASK).zip(sums.par_chunks(TASK));
-    pieces.for_each(|(to, from)| {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = round(*from);
+fn combined<T: Element>(
+    coefficients: &[f64],
+    args: &[View<'_, Storage>],
+    meta: &Meta,
+    round: impl Fn(f64) -> T + Sync,
+) -> Result<CpuStorage> {
+    let order = memory_order(&meta.layout);
+    let terms: Vec<_> = args.iter().map(|arg| in_order(*arg, &order)).collect::<Result<_>>()?;
+    let mut values = spare::take::<T>(meta.layout.shape().elem_count())?;
+    values.par_chunks_mut(TASK).enumerate().for_each(|(task, values)| {
+        let (mut sums, mut wide) = ([0f64; BLOCK], [0f32; BLOCK]);
+        for (block, to) in values.chunks_mut(BLOCK).enumerate() {
+            let (start, sums) = (task * TASK + block * BLOCK, &mut sums[..to.len()]);
+            sums.fill(0.0);
+            for (coefficient, term) in coefficients.iter().zip(&terms) {
+                let term: &[f32] = T::read(&term[start..start + to.len()], &mut wide);
+                for (sum, x) in sums.iter_mut().zip(term) {
+                    *sum += coefficient * f64::from(*x);
+                }
+            }
+            for (to, sum) in to.iter_mut().zip(sums) {
+                *to = round(*sum);
+            }
         }
     });
-    Ok(values)
+    Ok(T::store(values))
 }
 
 /// See [`crate::backend::Fused::Pixels`]; `(batch, height, width, 3)`.

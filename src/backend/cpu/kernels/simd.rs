@@ -21,6 +21,17 @@ impl Isa {
         choice::chosen().isa()
     }
 
+    /// Whether it multiplies pairs of bf16 into sums of f32 (AVX-512 BF16).
+    pub fn multiplies_bf16(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => is_x86_feature_detected!("avx512bf16"),
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx512 => false,
+            Isa::Avx2 | Isa::Portable => false,
+        }
+    }
+
     /// All that this processor can run, best first.
     pub fn available() -> &'static [Self] {
         #[cfg(target_arch = "x86_64")]
@@ -56,7 +67,8 @@ pub fn prefetch<const WRITE: bool, T>(element: *const T) {
 }
 
 /// Compiles a loop once for each [`Isa`] and picks the copy at run time. All copies give the same
-/// bits: they differ in width only, since nothing here fuses a product with a sum.
+/// bits: they differ in width only, but where the loop asks `FUSED`, which says whether a product
+/// is fused with a sum by [`multiply_add`].
 macro_rules! for_each_isa {
     (
         $(#[$meta:meta])*
@@ -65,16 +77,20 @@ macro_rules! for_each_isa {
         $(#[$meta])*
         pub fn $name($($arg: $type),*) $(-> $out)? {
             #[inline(always)]
-            fn portable($($arg: $type),*) $(-> $out)? $body
+            #[allow(clippy::extra_unused_type_parameters, reason = "few loops ask")]
+            fn body<const FUSED: bool>($($arg: $type),*) $(-> $out)? $body
+            fn portable($($arg: $type),*) $(-> $out)? {
+                body::<{ cfg!(target_arch = "aarch64") }>($($arg),*)
+            }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f")]
             fn avx512($($arg: $type),*) $(-> $out)? {
-                portable($($arg),*)
+                body::<true>($($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
             fn avx2($($arg: $type),*) $(-> $out)? {
-                portable($($arg),*)
+                body::<true>($($arg),*)
             }
             match $crate::backend::cpu::kernels::simd::Isa::detect() {
                 // SAFETY: `detect` names only what the processor has.
@@ -110,6 +126,40 @@ pub fn exp(x: f32) -> f32 {
     let mantissa = sum * rest * rest + rest + 1.0;
     let exponent = (shifted.to_bits().wrapping_sub(MAGIC.to_bits())).wrapping_add(127) << 23;
     mantissa * f32::from_bits(exponent)
+}
+
+/// `x · y + z`, rounded once if `FUSED`: where an instruction does it, since else it is a call.
+#[inline(always)]
+pub fn multiply_add<const FUSED: bool>(x: f32, y: f32, z: f32) -> f32 {
+    if FUSED { x.mul_add(y, z) } else { x * y + z }
+}
+
+/// 2ˣ by powers of the rest of x, for x up to 1; below −126 it is 2⁻¹²⁶.
+#[inline(always)]
+fn exp2<const FUSED: bool, const N: usize>(x: f32, first: f32, coefficients: [f32; N]) -> f32 {
+    // Its lowest bits count in ones, from the exponent's bias on.
+    const MAGIC: f32 = 12_582_912.0 + 127.0;
+    let x = if x < -126.0 { -126.0 } else { x };
+    let shifted = x + MAGIC;
+    let rest = x - (shifted - MAGIC);
+    let mut sum = first;
+    for coefficient in coefficients {
+        sum = multiply_add::<FUSED>(sum, rest, coefficient);
+    }
+    sum * f32::from_bits(shifted.to_bits() << 23)
+}
+
+/// 2ˣ to 2 units in the last place of f32, for −126 ≤ x ≤ 1 (a minimax polynomial).
+#[inline(always)]
+pub fn exp2_fine<const FUSED: bool>(x: f32) -> f32 {
+    let coefficients = [9.675_541e-3, 5.550_713e-2, 0.240_221_2, 0.693_146_94, 1.000_000_1];
+    exp2::<FUSED, _>(x, 1.327_647_2e-3, coefficients)
+}
+
+/// 2ˣ to 8e-5, a fiftieth of what bf16 tells apart, for −126 ≤ x ≤ 1.
+#[inline(always)]
+pub fn exp2_coarse<const FUSED: bool>(x: f32) -> f32 {
+    exp2::<FUSED, _>(x, 5.517_167e-2, [0.242_611_13, 0.693_260_97, 0.999_928_06])
 }
 
 /// The error function to 1e-7, by N. Juffa's two minimax polynomials: one for the middle, one for
@@ -169,6 +219,14 @@ mod tests {
             let true_erf = candle_core::cpu::erf::erf_f64(f64::from(z));
             worst_erf = worst_erf.max((f64::from(erf(z)) - true_erf).abs());
         }
+        for i in -1_260_000..=10_000 {
+            let x = i as f32 * 1e-4;
+            let exact = f64::from(x).exp2();
+            let error = |found: f32| (f64::from(found) - exact).abs() / exact;
+            worst_exp = worst_exp.max(error(exp2_fine::<false>(x)));
+            worst_exp = worst_exp.max(error(exp2_fine::<true>(x)));
+            assert!(error(exp2_coarse::<false>(x)) < 8e-5, "2 to the {x}");
+        }
         assert!(worst_exp < 2.4e-7, "exp is off by {worst_exp}");
         assert!(worst_erf < 1.2e-7, "erf is off by {worst_erf}");
     }
@@ -176,7 +234,9 @@ mod tests {
     #[test]
     fn not_a_number_stays_so_and_infinities_saturate() {
         assert!(exp(f32::NAN).is_nan() && erf(f32::NAN).is_nan() && silu(f32::NAN).is_nan());
+        assert!(exp2_fine::<false>(f32::NAN).is_nan() && exp2_coarse::<false>(f32::NAN).is_nan());
         assert!(exp(f32::NEG_INFINITY) < 1.3e-38);
+        assert!(exp2_fine::<false>(f32::NEG_INFINITY) < 1.3e-38);
         assert_eq!((erf(f32::INFINITY), erf(f32::NEG_INFINITY)), (1.0, -1.0));
         assert_eq!((gelu(50.0), silu(100.0)), (50.0, 100.0));
     }

@@ -5,17 +5,18 @@ use candle_core::{CpuStorage, DType, Layout};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use super::element::Element;
 use super::memory::{Gather, Plain, zeroed};
 use super::spare;
 use crate::backend::HostTensor;
 use crate::error::{Error, Result};
 
-/// Elements of earlier weights that stay in memory while the next one is loaded: 64 MiB.
-const KEPT: usize = 1 << 24;
+/// Elements of earlier weights that stay in memory while the next one is loaded.
+const KEPT_BYTES: usize = 1 << 26;
 
 /// See [`crate::backend::Device::upload`].
 pub fn upload(tensor: &HostTensor, dtype: DType) -> Result<CpuStorage> {
-    spare::trim(KEPT);
+    spare::trim(KEPT_BYTES);
     match tensor.dtype() {
         DType::U8 => read::<u8, 1>(tensor, dtype, |[x]| x),
         DType::U32 => read(tensor, dtype, u32::from_le_bytes),
@@ -118,7 +119,7 @@ fn read<T: Stored, const SIZE: usize>(
     let brain = |to: &mut [bf16], from: &[T]| {
         let mut wide = [0f32; BUFFER];
         T::to_f32s(from, &mut wide[..from.len()]);
-        to.convert_from_f32_slice(&wide[..from.len()]);
+        bf16::narrow(&wide[..from.len()], to);
     };
     let double = |to: &mut [f64], from: &[T]| {
         to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f64());
@@ -140,9 +141,13 @@ fn read<T: Stored, const SIZE: usize>(
             let result = spare::take(count)?;
             Ok(CpuStorage::F32(convert(values, layout, &decode, wide, result)))
         }
-        DType::F16 => Ok(CpuStorage::F16(convert(values, layout, &decode, half, zeroed(count)?))),
+        DType::F16 => {
+            let result = spare::take(count)?;
+            Ok(CpuStorage::F16(convert(values, layout, &decode, half, result)))
+        }
         DType::BF16 => {
-            Ok(CpuStorage::BF16(convert(values, layout, &decode, brain, zeroed(count)?)))
+            let result = spare::take(count)?;
+            Ok(CpuStorage::BF16(convert(values, layout, &decode, brain, result)))
         }
         DType::F64 => Ok(CpuStorage::F64(convert(values, layout, &decode, double, zeroed(count)?))),
         DType::I64 => Ok(CpuStorage::I64(convert(values, layout, &decode, whole, zeroed(count)?))),

@@ -5,13 +5,16 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Layout};
 
 use super::super::Storage;
+use super::element::Element;
 use super::matrix::{Panels, Source};
-use super::memory::{Element, check, unsupported};
+use super::memory::{check, unsupported};
+use super::pair::Pair;
+use super::simd::Isa;
 use super::winograd::Kernel;
 use crate::backend::{Role, View};
 use crate::error::{Error, Result};
 
-/// A weight in the form that a kernel reads: f32, whatever dtype it stands for.
+/// A weight in the form that a kernel reads.
 #[derive(Debug)]
 pub struct Packed {
     role: Role,
@@ -23,9 +26,12 @@ pub struct Packed {
 /// How a weight is kept.
 #[derive(Debug)]
 pub enum Form {
-    /// As it is.
+    /// In f32, whatever dtype it stands for.
     Panels(Panels),
-    /// Transformed for Winograd's convolution: four times the size, for a quarter of the products.
+    /// In bf16, where the processor multiplies it.
+    Pairs(Panels<Pair>),
+    /// Transformed for Winograd's convolution in f32: four times the size, for a quarter of the
+    /// products.
     Transformed(Kernel),
 }
 
@@ -39,6 +45,7 @@ impl Packed {
     pub fn held_bytes(&self) -> u64 {
         match &self.form {
             Form::Panels(panels) => panels.held_bytes(),
+            Form::Pairs(panels) => panels.held_bytes(),
             Form::Transformed(kernel) => kernel.held_bytes(),
         }
     }
@@ -55,22 +62,38 @@ pub fn prepare(role: Role, weight: View<'_, Storage>) -> Result<Packed> {
         Role::Linear => false,
         Role::Conv2d { stride } => spacious && Kernel::suits(dims, stride),
     };
-    let form = match weight.storage.elements()? {
-        CpuStorage::F32(values) => pack(role, transform, values, weight.layout),
-        CpuStorage::F16(values) => pack(role, transform, values, weight.layout),
-        CpuStorage::BF16(values) => pack(role, transform, values, weight.layout),
+    let multiplies_bf16 = !transform && Isa::detect().multiplies_bf16();
+    let elements = weight.storage.elements()?;
+    let form = with_source(role, weight.layout, |source| match elements {
+        CpuStorage::F32(values) => in_f32(values, source, transform),
+        CpuStorage::F16(values) => in_f32(values, source, transform),
+        CpuStorage::BF16(values) if multiplies_bf16 => {
+            Panels::pack(values, source).map(Form::Pairs)
+        }
+        CpuStorage::BF16(values) => in_f32(values, source, transform),
         other => Err(unsupported(other.dtype())),
-    }?;
+    })?;
     Ok(Packed { role, dtype: weight.storage.dtype(), dims: dims.to_vec(), form })
 }
 
-fn pack<T: Element>(role: Role, transform: bool, values: &[T], layout: &Layout) -> Result<Form> {
+fn in_f32<T: Element>(values: &[T], source: &Source<'_>, transform: bool) -> Result<Form> {
+    match transform {
+        true => Kernel::new(values, source).map(Form::Transformed),
+        false => Panels::pack(values, source).map(Form::Panels),
+    }
+}
+
+/// Runs `pack` on where the elements of a weight of a role lie.
+fn with_source(
+    role: Role,
+    layout: &Layout,
+    pack: impl FnOnce(&Source<'_>) -> Result<Form>,
+) -> Result<Form> {
     let (dims, stride, offset) = (layout.dims(), layout.stride(), layout.start_offset());
     match (role, dims, stride) {
         (Role::Linear, &[columns, channels], &[column_stride, channel_stride]) => {
             let taps = &[0];
-            let source = Source { offset, columns, column_stride, taps, channels, channel_stride };
-            Panels::pack(values, &source).map(Form::Panels)
+            pack(&Source { offset, columns, column_stride, taps, channels, channel_stride })
         }
         (
             Role::Conv2d { .. },
@@ -84,11 +107,7 @@ fn pack<T: Element>(role: Role, transform: bool, values: &[T], layout: &Layout) 
             let taps: Vec<usize> =
                 (0..height).flat_map(|y| (0..width).map(move |x| y * of_y + x * of_x)).collect();
             let (column_stride, channel_stride, taps) = (of_column, of_channel, &taps);
-            let source = Source { offset, columns, column_stride, taps, channels, channel_stride };
-            match transform {
-                true => Kernel::new(values, &source).map(Form::Transformed),
-                false => Panels::pack(values, &source).map(Form::Panels),
-            }
+            pack(&Source { offset, columns, column_stride, taps, channels, channel_stride })
         }
         (Role::Linear | Role::Conv2d { .. }, dims, _) => {
             Err(Error::other(format!("a weight of shape {dims:?} is none of {role:?}")))
@@ -110,17 +129,6 @@ impl Held<'_> {
         match self {
             Held::Ready(packed) => &packed.form,
             Held::Fresh(packed) => &packed.form,
-        }
-    }
-
-    /// The panels of a weight that is never transformed.
-    ///
-    /// # Errors
-    /// If it is.
-    pub fn panels(&self) -> Result<&Panels> {
-        match self.form() {
-            Form::Panels(panels) => Ok(panels),
-            Form::Transformed(kernel) => Err(Error::other(format!("{kernel:?} is no matrix"))),
         }
     }
 }

@@ -3,8 +3,9 @@
 
 use rayon::prelude::*;
 
+use super::super::element::Element;
 use super::super::matrix::{Source, pack_panel};
-use super::super::memory::{Element, zeroed};
+use super::super::memory::zeroed;
 use super::super::micro::{HALF, WIDTH};
 use super::transform::{self, SEEN};
 use crate::error::{Error, Result};
@@ -99,7 +100,7 @@ fn transform_panel<T: Element>(values: &[T], source: &Source<'_>, first: usize, 
         let count = BLOCK.min(channels - c0);
         let block = Source { offset: source.offset + c0 * stride, channels: count, ..*source };
         let taps = &mut taps[..9 * count * width];
-        pack_panel(values, &block, first, taps);
+        pack_panel(values, &block, first, width, 1, taps);
         transform::kernel(taps, &mut panel[c0 * width..], plane);
     }
 }

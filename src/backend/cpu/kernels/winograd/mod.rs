@@ -12,13 +12,12 @@ mod transform;
 use std::array::from_fn;
 use std::ops::Range;
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, Layout};
-use half::{bf16, f16};
+use candle_core::{CpuStorage, Layout};
 use rayon::prelude::*;
 
 use super::super::Storage;
-use super::memory::{Element, Shared, channels_last, check, row_major, unsupported, zeroed};
+use super::element::{Element, with_number};
+use super::memory::{Shared, check, in_order, row_major};
 use super::micro::{self, DEPTH, ROW, WIDTH};
 use super::simd::{Isa, prefetch};
 use super::spare;
@@ -46,53 +45,33 @@ pub fn conv2d(
     meta: &Meta,
 ) -> Result<CpuStorage> {
     check(x)?;
-    let &[batch, channels, height, width] = x.layout.dims() else {
-        return Err(Error::other("conv2d of an image without 4 dimensions"));
-    };
     let work = Work::new(op, x.layout, kernel, meta)?;
     let bias = bias.map(row_major).transpose()?;
     let mut filled = vec![0.0; kernel.columns().next_multiple_of(WIDTH)];
     if let Some(bias) = bias {
         filled[..bias.len()].copy_from_slice(&bias);
     }
-    if x.layout.stride()[1] != 1 {
-        let dense = channels_last(x)?;
-        let order = crate::backend::order::channels_last([batch, channels, height, width]);
-        return finish(&work, &Image::new(&dense, &order), &filled, meta);
-    }
-    match x.storage.elements()? {
-        CpuStorage::F32(values) => finish(&work, &Image::new(values, x.layout), &filled, meta),
-        CpuStorage::F16(values) => finish(&work, &Image::new(values, x.layout), &filled, meta),
-        CpuStorage::BF16(values) => finish(&work, &Image::new(values, x.layout), &filled, meta),
-        other => Err(unsupported(other.dtype())),
-    }
+    with_number!(meta.dtype, T => finish::<T>(&work, x, &filled, meta))
 }
 
-fn finish<X: Element>(
+fn finish<T: Element>(
     work: &Work<'_>,
-    image: &Image<'_, X>,
+    x: View<'_, Storage>,
     bias: &[f32],
     meta: &Meta,
 ) -> Result<CpuStorage> {
-    let len = meta.layout.shape().elem_count();
-    match meta.dtype {
-        DType::F32 => {
-            let mut made = spare::take(len)?;
-            work.run(image, bias, &mut made)?;
-            Ok(CpuStorage::F32(made))
+    let mut made = spare::take::<T>(meta.layout.shape().elem_count())?;
+    match T::of(x.storage.elements()?) {
+        Some(values) if x.layout.stride()[1] == 1 => {
+            work.run(&Image::new(values, x.layout), bias, &mut made)?;
         }
-        DType::F16 => {
-            let mut made = zeroed::<f16>(len)?;
-            work.run(image, bias, &mut made)?;
-            Ok(CpuStorage::F16(made))
+        _ => {
+            let dense = in_order::<T>(x, &[0, 2, 3, 1])?;
+            let order = crate::backend::order::channels_last(x.layout.shape().dims4()?.into());
+            work.run(&Image::new(&dense, &order), bias, &mut made)?;
         }
-        DType::BF16 => {
-            let mut made = zeroed::<bf16>(len)?;
-            work.run(image, bias, &mut made)?;
-            Ok(CpuStorage::BF16(made))
-        }
-        other => Err(unsupported(other)),
     }
+    Ok(T::store(made))
 }
 
 /// An image in memory whose channels lie side by side.
@@ -255,8 +234,8 @@ impl<'a> Work<'a> {
             let tiles = (0..count).into_par_iter();
             tiles.for_each(|tile| self.finish(first + tile, tile, &m, bias, &made));
         }
-        spare::give(v);
-        spare::give(m);
+        spare::keep(v);
+        spare::keep(m);
         Ok(())
     }
 
