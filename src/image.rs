@@ -1,7 +1,13 @@
 //! A finished picture: its pixels, the PNG they become and the text that says how it was made.
 //! Separate because it is plain memory: no device, no tensor, no file.
 
+mod infotext;
+mod read;
+
 use std::fmt;
+
+pub use infotext::Infotext;
+pub use read::{MAX_PNG_BYTES, PngTexts};
 
 use crate::error::{Error, Result};
 

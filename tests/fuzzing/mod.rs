@@ -5,6 +5,7 @@
 mod cache;
 mod choices;
 mod frame;
+mod pictures;
 mod session;
 mod strangers;
 #[cfg(test)]
@@ -26,8 +27,14 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: &[Target] =
-    &[frame::TARGET, session::TARGET, cache::TARGET, cache::FILES, strangers::TARGET];
+pub const TARGETS: &[Target] = &[
+    frame::TARGET,
+    session::TARGET,
+    cache::TARGET,
+    cache::FILES,
+    strangers::TARGET,
+    pictures::TARGET,
+];
 
 /// The target of a name.
 #[cfg(not(test))]
