@@ -10,6 +10,8 @@ fn main() -> ExitCode {
             Request::Show(help) => cli::show(&help),
             Request::Work(job) => cli::work(&job)?,
             Request::Compare(job) => return cli::compare(&job),
+            Request::Tell(job) => cli::tell(&job)?,
+            Request::Verify(job) => return cli::verify(&job, &mut cli::open),
             Request::Paint(job) => cli::run(&job, &mut cli::open)?,
         }
         Ok(ExitCode::SUCCESS)

@@ -23,7 +23,7 @@ use crate::schedule::{Combination, Plan, Scheduler, SchedulerConfig, SchedulerKi
 use crate::tensor::{Tensor, program};
 use crate::tokenizer::Tokenizer;
 
-pub use loading::LoadOptions;
+pub use loading::{LoadOptions, default_size};
 use preview::Preview;
 use prompts::Embeddings;
 
@@ -102,8 +102,7 @@ impl PictureRequest<'_> {
 impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
     /// The size the model was trained for.
     pub fn default_size(&self) -> ImageSize {
-        let side = self.unet.config.sample_size * self.vae.config.scale_factor();
-        ImageSize { height: side, width: side }
+        loading::trained_size(&self.unet.config, &self.vae.config)
     }
 
     /// The scheduler that pictures are made with where a request names no other.

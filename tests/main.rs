@@ -8,6 +8,7 @@ mod golden;
 mod hub;
 mod kernel_paths;
 mod kernels;
+mod metadata;
 mod null;
 mod numbers;
 mod peer;

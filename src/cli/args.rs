@@ -3,6 +3,7 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 use clap::{ArgAction, Parser};
 
@@ -34,6 +35,13 @@ pub(super) struct Args {
     /// What stands after `--` is always a prompt.
     #[arg(last = true, hide = true)]
     pub after_dashes: Vec<String>,
+
+    /// Take the settings of a picture; flags that are given win
+    ///
+    /// Reads what tiny-sd records, all of it, the model included, and what AUTOMATIC1111's web UI
+    /// and stable-diffusion.cpp write in PNG files.
+    #[arg(long, value_name = "PICTURE")]
+    pub from: Option<PathBuf>,
 
     #[command(flatten)]
     pub picture: PictureArgs,
@@ -102,7 +110,7 @@ pub(super) struct PictureArgs {
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct ModelArgs {
     /// A Hugging Face repository (org/name) or a folder in diffusers layout
-    #[arg(short, long, value_name = "REPO|DIR", default_value = "segmind/tiny-sd")]
+    #[arg(short, long, value_name = "REPO|DIR", default_value = default_model())]
     pub model: ModelSource,
 
     /// Branch, tag or commit of the repository [default: main]
@@ -171,6 +179,15 @@ impl RunArgs {
     }
 }
 
+/// The model of those who name none: `TINY_SD_MODEL`, or else the one that this program is for.
+fn default_model() -> &'static str {
+    static MODEL: LazyLock<String> = LazyLock::new(|| {
+        let set = std::env::var("TINY_SD_MODEL").ok().filter(|model| !model.is_empty());
+        set.unwrap_or_else(|| "segmind/tiny-sd".into())
+    });
+    &MODEL
+}
+
 fn parse_seed(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| {
         format!("a seed is a whole number from 0 to {}; for a random one leave it out", u64::MAX)
@@ -200,6 +217,9 @@ Examples:
   tiny-sd \"a fox\" --count 8 --batch-size 4       four at a time through the UNet
   tiny-sd \"a fox\" -o fox.png --preview 5          fox-preview.png while it is being made
   tiny-sd \"a fox\" -q                             --quiet; -v, --verbose says more
+  tiny-sd \"a cat\" --from fox.png                 the settings of fox.png, another prompt
+  tiny-sd info fox.png                           how it was made (tiny-sd info --help)
+  tiny-sd verify fox.png                         whether it comes out the same here
   tiny-sd worker --listen 0.0.0.0:4433           lend this machine (tiny-sd worker --help)
   tiny-sd \"a fox\" --device @url.txt --stats      on that machine; --stats says what it did
   tiny-sd compare \"a fox\" --against @url.txt    the first op that differs there
@@ -211,6 +231,7 @@ Environment:
   HF_TOKEN          token for repositories that ask for one
   HF_ENDPOINT       another hub [default: https://huggingface.co]
   HF_HUB_OFFLINE    1 is --offline
+  TINY_SD_MODEL     what --model is where it is not given
   TINY_SD_DEVICE    what --device auto means: whatever --device takes
   TINY_SD_ISA       kernels of the CPU: avx512bf16, avx512, avx2 or portable [default: the best
                     that the processor has]

@@ -4,7 +4,7 @@
 use crate::error::{Error, Result};
 
 /// The commands.
-const COMMANDS: [&str; 3] = ["help", "worker", "compare"];
+const COMMANDS: [&str; 5] = ["help", "worker", "compare", "info", "verify"];
 
 /// What a lone word on the command line is.
 #[derive(Debug, PartialEq, Eq)]
@@ -58,7 +58,7 @@ mod tests {
     fn a_lone_word_near_a_command_is_asked_about_and_any_other_is_a_prompt() {
         for word in [
             "wroker", "worke", "workers", "Worker", "wrker", "compere", "comapre", "compare",
-            "hlep",
+            "hlep", "infos", "inf", "verfiy",
         ] {
             let message = classify(word).unwrap_err().to_string();
             assert!(message.contains("did you mean"), "{message}");

@@ -4,7 +4,6 @@
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::process::ExitCode;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -14,9 +13,10 @@ use super::args::Args;
 use super::books;
 use super::device::DevicePlan;
 use super::display::Display;
+use super::from;
 use super::interrupt;
 use super::job::{self, Job, Request, usage};
-use super::painter;
+use super::painter::{self, Wanted};
 use super::places::{OnBackend, Place, Places};
 use super::run::picture_request;
 use super::surroundings::Surroundings;
@@ -90,8 +90,8 @@ pub(super) fn parse(
     let words = std::iter::once("tiny-sd compare".into()).chain(flags);
     let args = command
         .try_get_matches_from(words)
-        .and_then(|matches| CompareArgs::from_arg_matches(&matches));
-    let CompareArgs { single, against } = match args {
+        .and_then(|matches| Ok((CompareArgs::from_arg_matches(&matches)?, matches)));
+    let (CompareArgs { mut single, against }, matches) = match args {
         Ok(args) => args,
         Err(error) if !error.use_stderr() => return Ok(Request::Show(error)),
         Err(error) => return Err(usage(&error)),
@@ -105,7 +105,8 @@ pub(super) fn parse(
     if single.picture.count.get() != 1 {
         return Err(Error::usage("--count: compare looks at one picture; its --seed says which"));
     }
-    let job = job::job(single, surroundings)?;
+    let notes = from::fill_in(&mut single, &matches, surroundings)?;
+    let job = Job { notes, ..job::job(single, surroundings)? };
     Ok(Request::Compare(Box::new(CompareJob { job, against })))
 }
 
@@ -118,7 +119,8 @@ pub fn compare(compare: &CompareJob) -> Result<ExitCode> {
     cpu::check_kernel_path()?;
     interrupt::install(job.verbosity == Verbosity::Quiet)?;
     let display = Display::new(job.verbosity);
-    let (folder, variant) = painter::model(job, &display)?;
+    job.notes.iter().for_each(|note| display.report(Event::Warning(note)));
+    let (folder, variant) = painter::model(&Wanted::of(job), &display)?;
     let devices = [whole("--device", &job.device)?, whole("--against", against)?];
     let threads = job.threads.map_or(0, usize::from);
     let first = Places::open(&devices[0], threads, false, &display)?;
@@ -137,9 +139,7 @@ pub fn compare(compare: &CompareJob) -> Result<ExitCode> {
         Outcome::Differs(text) => (text, ExitCode::FAILURE),
     };
     drop(display);
-    let mut stdout = std::io::stdout().lock();
-    let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
-    written.map_err(|error| Error::other(format!("standard output: {error}")))?;
+    super::print(&text)?;
     Ok(code)
 }
 

@@ -5,16 +5,19 @@
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 
 use super::args::{Args, ModelArgs, PictureArgs, RunArgs};
 use super::command::{self, Word};
 use super::compare::{self, CompareJob};
 use super::device::DevicePlan;
+use super::from;
+use super::info::{self, InfoJob};
 use super::model::{HubName, ModelSource};
 use super::output::OutputPlan;
 use super::surroundings::Surroundings;
 use super::values::{BatchSize, Count, DtypeChoice, GuidanceScale, SizeRequest, Steps, Verbosity};
+use super::verify::{self, VerifyJob};
 use super::worker::{self, WorkerJob};
 use crate::error::{Error, Result};
 use crate::schedule::SchedulerKind;
@@ -65,6 +68,8 @@ pub struct Job {
     pub verbosity: Verbosity,
     /// Whether the device says at the end what it did.
     pub stats: bool,
+    /// What the user should know of what the flags came to mean.
+    pub notes: Vec<String>,
 }
 
 /// What the command line asks for.
@@ -74,6 +79,10 @@ pub enum Request {
     Paint(Box<Job>),
     /// Find the first op that differs between two devices.
     Compare(Box<CompareJob>),
+    /// Say what a picture or a model is.
+    Tell(Box<InfoJob>),
+    /// Make a picture again and compare.
+    Verify(Box<VerifyJob>),
     /// Run a worker.
     Work(Box<WorkerJob>),
     /// Help or the version, ready to be printed.
@@ -96,7 +105,15 @@ pub fn parse(
     if command_line.get(1).is_some_and(|word| word == "compare") {
         return compare::parse(command_line.into_iter().skip(2), surroundings);
     }
-    let args = match Args::try_parse_from(command_line) {
+    if command_line.get(1).is_some_and(|word| word == "info") {
+        return info::parse(command_line.into_iter().skip(2), surroundings);
+    }
+    if command_line.get(1).is_some_and(|word| word == "verify") {
+        return verify::parse(command_line.into_iter().skip(2), surroundings);
+    }
+    let matches = Args::command().try_get_matches_from(command_line);
+    let args = matches.and_then(|matches| Ok((Args::from_arg_matches(&matches)?, matches)));
+    let (mut args, matches) = match args {
         Ok(args) => args,
         Err(error) if !error.use_stderr() => return Ok(Request::Show(error)),
         Err(error) => return Err(usage(&error)),
@@ -106,7 +123,8 @@ pub fn parse(
     {
         return parse(["tiny-sd", "--help"].map(OsString::from), surroundings);
     }
-    Ok(Request::Paint(Box::new(job(args, surroundings)?)))
+    let notes = from::fill_in(&mut args, &matches, surroundings)?;
+    Ok(Request::Paint(Box::new(Job { notes, ..job(args, surroundings)? })))
 }
 
 /// What the flags of a picture mean.
@@ -199,6 +217,7 @@ impl Job {
             preview: run.preview,
             verbosity: run.verbosity(),
             stats: run.stats,
+            notes: Vec::new(),
         })
     }
 }
@@ -276,45 +295,11 @@ pub(super) fn usage(error: &clap::Error) -> Error {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::path::Path;
-
     use super::super::device::DeviceSpec;
-    use super::super::surroundings::At;
+    pub use super::super::surroundings::tests::Fake;
     use super::*;
     use crate::cli::values::Side;
     use crate::error::Kind;
-
-    /// Nothing is a terminal, standard input holds `stdin`, `there` exist, random is 7.
-    #[derive(Default)]
-    pub struct Fake {
-        pub stdin: Option<Vec<u8>>,
-        pub stdout_is_terminal: bool,
-        pub there: Vec<(&'static str, At)>,
-    }
-
-    impl Surroundings for Fake {
-        fn stdin_is_terminal(&self) -> bool {
-            self.stdin.is_none()
-        }
-
-        fn stdout_is_terminal(&self) -> bool {
-            self.stdout_is_terminal
-        }
-
-        fn read_stdin(&mut self, limit: usize) -> std::io::Result<Vec<u8>> {
-            let bytes = self.stdin.take().expect("read once, and only where there is something");
-            Ok(bytes.into_iter().take(limit + 1).collect())
-        }
-
-        fn at(&self, path: &Path) -> At {
-            let found = self.there.iter().find(|(name, _)| Path::new(name) == path);
-            found.map_or(At::Nothing, |(_, at)| *at)
-        }
-
-        fn random_seed(&mut self) -> u64 {
-            7
-        }
-    }
 
     /// Words are separated by `|`.
     pub fn parse_words(words: &str, surroundings: &mut Fake) -> Result<Request> {
@@ -353,6 +338,7 @@ pub(super) mod tests {
             preview: None,
             verbosity: Verbosity::Normal,
             stats: false,
+            notes: Vec::new(),
         };
         assert_eq!(job, expected);
     }

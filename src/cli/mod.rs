@@ -10,7 +10,9 @@ mod compare;
 mod device;
 mod display;
 mod files;
+mod from;
 mod identity;
+mod info;
 mod interrupt;
 mod job;
 mod model;
@@ -23,12 +25,14 @@ mod run;
 mod settings;
 mod surroundings;
 mod values;
+mod verify;
 mod worker;
 
 use std::io::Write;
 
 pub use compare::{CompareJob, compare};
 pub use device::{DevicePlan, DeviceSpec};
+pub use info::{InfoJob, tell};
 pub use job::{Job, MAX_PROMPT_BYTES, Request, parse};
 pub use model::{HubName, ModelSource};
 pub use output::{OutputPlan, Target};
@@ -37,9 +41,20 @@ pub use run::{OpenPainter, Painter, run};
 pub use settings::{ModelRecord, Provenance, Settings};
 pub use surroundings::{At, Process, Surroundings};
 pub use values::{Count, DtypeChoice, GuidanceScale, Side, SizeRequest, Steps, Verbosity};
+pub use verify::{VerifyJob, verify};
 pub use worker::{WorkerJob, work};
 
-use crate::error::Error;
+use crate::error::{Error, Result};
+
+/// Prints what was asked for on standard output.
+///
+/// # Errors
+/// If it cannot be written.
+fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    written.map_err(|error| Error::other(format!("standard output: {error}")))
+}
 
 /// Prints help or the version on standard output, in colour where that can show it.
 pub fn show(help: &clap::Error) {

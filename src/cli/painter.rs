@@ -8,7 +8,7 @@ use candle_core::DType;
 use super::identity::Pending;
 use super::interrupt;
 use super::job::Job;
-use super::model::ModelSource;
+use super::model::{HubName, ModelSource};
 use super::places::{OnBackend, PaintOnDevice, Place, PlacedPainter, Places};
 use super::run::Painter;
 use crate::backend::{Backend, Device as _};
@@ -25,7 +25,7 @@ use crate::weights::{Component, ModelFolder, Variant, choose, config_files, json
 /// # Errors
 /// If the model cannot be had or is not covered, or the device is not there.
 pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
-    let (folder, variant) = model(job, progress)?;
+    let (folder, variant) = model(&Wanted::of(job), progress)?;
     let threads = job.threads.map_or(0, usize::from);
     let plan = job.device.resolve()?;
     let places = Places::open(&plan, threads, false, progress)?;
@@ -40,15 +40,39 @@ pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
     Ok(Box::new(PlacedPainter { painter, places, identity, device, keeps_books: job.stats }))
 }
 
-/// The job's model on this machine's disk, and which of its weights to prefer.
+/// Which model is asked for.
+pub(super) struct Wanted<'a> {
+    /// Where it comes from.
+    pub model: &'a ModelSource,
+    /// Branch, tag or commit.
+    pub revision: Option<&'a HubName>,
+    /// Which of its weights to prefer.
+    pub variant: Option<&'a HubName>,
+    /// Whether only what was downloaded before is used.
+    pub offline: bool,
+}
+
+impl<'a> Wanted<'a> {
+    /// A job's.
+    pub fn of(job: &'a Job) -> Self {
+        let Job { model, offline, .. } = job;
+        let (revision, variant) = (job.revision.as_ref(), job.variant.as_ref());
+        Self { model, revision, variant, offline: *offline }
+    }
+}
+
+/// A model on this machine's disk, and which of its weights to prefer.
 ///
 /// # Errors
 /// If the model cannot be had.
-pub(super) fn model(job: &Job, progress: &dyn Progress) -> Result<(ModelFolder, Option<Variant>)> {
-    let variant = job.variant.as_ref().map(|name| Variant::parse(name.as_str())).transpose()?;
-    let path = match &job.model {
+pub(super) fn model(
+    wanted: &Wanted<'_>,
+    progress: &dyn Progress,
+) -> Result<(ModelFolder, Option<Variant>)> {
+    let variant = wanted.variant.map(|name| Variant::parse(name.as_str())).transpose()?;
+    let path = match wanted.model {
         ModelSource::Folder(path) => path.clone(),
-        ModelSource::Hub(name) => download(job, name, variant.as_ref(), progress)?,
+        ModelSource::Hub(name) => download(wanted, name, variant.as_ref(), progress)?,
     };
     Ok((ModelFolder::open(path)?, variant))
 }
@@ -157,14 +181,14 @@ impl<T: Backend, U: Backend, V: Backend> PaintOnDevice for LoadedPainter<T, U, V
 /// The repository's files in the hub's cache: the configurations first, because indices of sharded
 /// weights name further files.
 fn download(
-    job: &Job,
+    wanted: &Wanted<'_>,
     name: &str,
     variant: Option<&Variant>,
     progress: &dyn Progress,
 ) -> Result<PathBuf> {
     let mut options = HubOptions::from_environment(&|name| std::env::var_os(name))?;
-    options.offline |= job.offline;
-    if let Some(revision) = &job.revision {
+    options.offline |= wanted.offline;
+    if let Some(revision) = wanted.revision {
         options.revision = Revision::parse(revision.as_str())?;
     }
     let hub = Hub::new(options, interrupt::flag());

@@ -17,7 +17,7 @@ use crate::backend::cpu;
 use crate::error::Result;
 use crate::image::{ImageSize, Parameters, Picture};
 use crate::pipeline::PictureRequest;
-use crate::progress::Progress;
+use crate::progress::{Event, Progress};
 use crate::schedule::SchedulerKind;
 
 /// A loaded model on its device.
@@ -69,6 +69,7 @@ pub fn run(job: &Job, open: &mut OpenPainter<'_>) -> Result<()> {
     check_outputs(job)?;
     let display = Display::new(job.verbosity);
     describe(job, &display);
+    job.notes.iter().for_each(|note| display.report(Event::Warning(note)));
     let mut painter = open(job, &display)?;
     let together = job.batch_size.or(AUTO_PIXELS, job.size.or(painter.default_size()));
     let pictures: Vec<_> = pictures(job).collect();
@@ -345,7 +346,9 @@ mod tests {
         let outcome =
             parse(command_line.map(Into::into), &mut Process).and_then(|request| match request {
                 Request::Paint(job) => run(&job, &mut open),
-                Request::Compare(_) | Request::Work(_) => Err(Error::other("no picture")),
+                Request::Compare(_) | Request::Tell(_) | Request::Verify(_) | Request::Work(_) => {
+                    Err(Error::other("no picture"))
+                }
                 Request::Show(help) => Err(Error::other(help.to_string())),
             });
         std::process::exit(outcome.map_or_else(|error| report(&error).into(), |()| 0));

@@ -22,6 +22,11 @@ pub trait Surroundings {
     fn read_stdin(&mut self, limit: usize) -> std::io::Result<Vec<u8>>;
     /// What is at a path.
     fn at(&self, path: &Path) -> At;
+    /// A file to its end, or one byte more than `limit`.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    fn read_file(&self, path: &Path, limit: usize) -> std::io::Result<Vec<u8>>;
     /// A seed that nobody can guess and anybody can type.
     fn random_seed(&mut self) -> u64;
 }
@@ -53,10 +58,11 @@ impl Surroundings for Process {
     }
 
     fn read_stdin(&mut self, limit: usize) -> std::io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        let limit = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
-        std::io::stdin().lock().take(limit).read_to_end(&mut bytes)?;
-        Ok(bytes)
+        read_up_to(std::io::stdin().lock(), limit)
+    }
+
+    fn read_file(&self, path: &Path, limit: usize) -> std::io::Result<Vec<u8>> {
+        read_up_to(std::fs::File::open(path)?, limit)
     }
 
     fn at(&self, path: &Path) -> At {
@@ -67,5 +73,57 @@ impl Surroundings for Process {
     /// system's randomness, which spares a dependency.
     fn random_seed(&mut self) -> u64 {
         RandomState::new().build_hasher().finish() >> 32
+    }
+}
+
+/// One byte more than `limit` says that there is more.
+fn read_up_to(from: impl Read, limit: usize) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let limit = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
+    from.take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Nothing is a terminal, standard input holds `stdin`, `there` exist, random is 7.
+    #[derive(Default)]
+    pub struct Fake {
+        pub stdin: Option<Vec<u8>>,
+        pub stdout_is_terminal: bool,
+        pub there: Vec<(&'static str, At)>,
+        pub files: Vec<(&'static str, Vec<u8>)>,
+    }
+
+    impl Surroundings for Fake {
+        fn stdin_is_terminal(&self) -> bool {
+            self.stdin.is_none()
+        }
+
+        fn stdout_is_terminal(&self) -> bool {
+            self.stdout_is_terminal
+        }
+
+        fn read_stdin(&mut self, limit: usize) -> std::io::Result<Vec<u8>> {
+            let bytes = self.stdin.take().expect("read once, and only where there is something");
+            Ok(bytes.into_iter().take(limit + 1).collect())
+        }
+
+        fn at(&self, path: &Path) -> At {
+            let found = self.there.iter().find(|(name, _)| Path::new(name) == path);
+            found.map_or(At::Nothing, |(_, at)| *at)
+        }
+
+        fn read_file(&self, path: &Path, limit: usize) -> std::io::Result<Vec<u8>> {
+            let found = self.files.iter().find(|(name, _)| Path::new(name) == path);
+            let (_, bytes) = found.ok_or(std::io::ErrorKind::NotFound)?;
+            Ok(bytes.iter().copied().take(limit + 1).collect())
+        }
+
+        fn random_seed(&mut self) -> u64 {
+            7
+        }
     }
 }

@@ -10,6 +10,7 @@ use super::prompts::Embeddings;
 use super::{Pipeline, Placement};
 use crate::backend::{Backend, Device};
 use crate::error::{Error, Result};
+use crate::image::ImageSize;
 use crate::model::clip::TextConfig;
 use crate::model::unet::UNetConfig;
 use crate::model::vae::VaeConfig;
@@ -69,6 +70,22 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             devices,
         })
     }
+}
+
+/// The size that a model was trained for; no weights are read.
+///
+/// # Errors
+/// If its configuration is not covered.
+pub fn default_size(folder: &ModelFolder) -> Result<ImageSize> {
+    let unet = UNetConfig::parse(&folder.config(Component::Unet)?)?;
+    let vae = VaeConfig::parse(&folder.config(Component::Vae)?)?;
+    Ok(trained_size(&unet, &vae))
+}
+
+/// The size in pixels that a UNet and a VAE were trained for.
+pub(super) fn trained_size(unet: &UNetConfig, vae: &VaeConfig) -> ImageSize {
+    let side = unet.sample_size.saturating_mul(vae.scale_factor());
+    ImageSize { height: side, width: side }
 }
 
 /// The parts of a model must be of one model: else a kernel would find out, in other words.

@@ -101,7 +101,22 @@ impl ModelFolder {
             .map_err(|error| error.context(self.file(&choice.file).display()))
     }
 
-    fn read_shards(&self, choice: &Choice) -> Result<Checkpoint> {
+    /// The files of a component's weights, by their paths in the folder.
+    ///
+    /// # Errors
+    /// As [`checkpoint`](Self::checkpoint).
+    pub fn weight_files(
+        &self,
+        component: Component,
+        variant: Option<&Variant>,
+    ) -> Result<Vec<String>> {
+        let choice = choose(component, variant, &|name| self.has(name))
+            .map_err(|error| error.context(self.path.display()))?;
+        if choice.is_index { self.shards(&choice) } else { Ok(vec![choice.file]) }
+    }
+
+    /// The weight files that an index names; all are there.
+    fn shards(&self, choice: &Choice) -> Result<Vec<String>> {
         let index_path = self.file(&choice.file);
         let index = json::read_text(&index_path)?;
         let shards = choice.shards(&index).map_err(|error| error.context(self.path.display()))?;
@@ -113,8 +128,12 @@ impl ModelFolder {
                 missing.join(", ")
             )));
         }
+        Ok(shards)
+    }
+
+    fn read_shards(&self, choice: &Choice) -> Result<Checkpoint> {
         let mut whole = Checkpoint::default();
-        for shard in shards {
+        for shard in self.shards(choice)? {
             let path = self.file(&shard);
             for (name, tensor) in Checkpoint::read(&path, choice.format)?.tensors {
                 whole.insert(name, tensor).map_err(|error| error.context(path.display()))?;

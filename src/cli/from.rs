@@ -1,0 +1,436 @@
+//! The settings of a picture as flags: what `--from` and `verify` make of what a PNG says of
+//! itself. Separate because flags come from a command line, and these from strangers' files.
+
+use std::path::Path;
+use std::str::FromStr;
+
+use clap::ArgMatches;
+use clap::parser::ValueSource;
+
+use super::args::Args;
+use super::model::ModelSource;
+use super::settings::{ModelRecord, Settings};
+use super::surroundings::{At, Surroundings};
+use crate::error::{Error, Result};
+use crate::image::{Infotext, MAX_PNG_BYTES, PngTexts};
+use crate::schedule::SchedulerKind;
+
+/// stable-diffusion.cpp's names of samplers that are here too.
+const CPP_SAMPLERS: [(&str, SchedulerKind); 3] = [
+    ("euler_a", SchedulerKind::EulerAncestral),
+    ("euler", SchedulerKind::Euler),
+    ("dpm++2m", SchedulerKind::DpmSolverMultistep),
+];
+/// Names of the schedule of timesteps that models have by themselves.
+const OWN_SCHEDULES: [&str; 6] = ["", "automatic", "default", "discrete", "normal", "uniform"];
+/// Other schedules: the names that samplers once ended in, and that `Schedule type` has.
+const OTHER_SCHEDULES: [&str; 9] = [
+    "karras",
+    "exponential",
+    "polyexponential",
+    "sgm_uniform",
+    "simple",
+    "smoothstep",
+    "ays",
+    "gits",
+    "beta",
+];
+/// Values that are used, or that change no picture.
+const KNOWN_VALUES: [&str; 12] = [
+    "Steps",
+    "Sampler",
+    "Schedule type",
+    "CFG scale",
+    "Seed",
+    "Size",
+    "Model hash",
+    "VAE hash",
+    "Version",
+    "RNG",
+    "Guidance",
+    "Eta",
+];
+
+/// The bytes of a picture's file.
+///
+/// # Errors
+/// If it cannot be read or is too large; the caller names it.
+pub(super) fn read_picture(path: &Path, surroundings: &dyn Surroundings) -> Result<Vec<u8>> {
+    match surroundings.at(path) {
+        At::Nothing => return Err(Error::other("there is no such file")),
+        At::Folder => return Err(Error::other("it is a folder, not a picture")),
+        At::File | At::Device => {}
+    }
+    let bytes = surroundings.read_file(path, MAX_PNG_BYTES);
+    let bytes = bytes.map_err(|error| Error::other(error.to_string()))?;
+    if bytes.len() > MAX_PNG_BYTES {
+        return Err(Error::other(format!("it is larger than {MAX_PNG_BYTES} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// Fills in what `--from` says, if it is there, where the user gave no flag; returns what the user
+/// should know.
+///
+/// # Errors
+/// If the picture cannot be read, or says what cannot be.
+pub(super) fn fill_in(
+    args: &mut Args,
+    matches: &ArgMatches,
+    surroundings: &dyn Surroundings,
+) -> Result<Vec<String>> {
+    let Some(path) = args.from.clone() else { return Ok(Vec::new()) };
+    let is_given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    fill_in_from(args, &is_given, &path, surroundings)
+        .map_err(|error| error.context(format!("--from {}", path.display())))
+}
+
+fn fill_in_from(
+    args: &mut Args,
+    is_given: &dyn Fn(&str) -> bool,
+    path: &Path,
+    surroundings: &dyn Surroundings,
+) -> Result<Vec<String>> {
+    let file = read_picture(path, surroundings)?;
+    let texts = PngTexts::read(&file)?;
+    let mut filling = Filling { args, is_given };
+    match (&texts.record, &texts.parameters) {
+        (Some(record), _) => {
+            filling.take_record(&Settings::from_json(record)?)?;
+            Ok(Vec::new())
+        }
+        (None, Some(text)) if !text.trim().is_empty() => {
+            let found = Infotext::parse(text);
+            filling.take_infotext(&found)?;
+            Ok(note(&found).map(|note| format!("{}: {note}", path.display())).into_iter().collect())
+        }
+        (None, Some(_) | None) => Err(Error::usage("it says nothing about how it was made")),
+    }
+}
+
+/// Flags that are filled in.
+pub(super) struct Filling<'a> {
+    /// All of them.
+    pub args: &'a mut Args,
+    /// Whether the user gave the flag of this name.
+    pub is_given: &'a dyn Fn(&str) -> bool,
+}
+
+impl Filling<'_> {
+    /// Takes everything that a record of tiny-sd says.
+    ///
+    /// # Errors
+    /// If a value cannot be one of a flag.
+    pub fn take_record(&mut self, settings: &Settings) -> Result<()> {
+        let Settings { steps, guidance_scale, width, height, seed, dtype, .. } = settings;
+        self.take_prompts(&settings.resolved_prompt, &settings.negative_prompt);
+        if !(self.is_given)("seed") {
+            self.args.picture.seed = Some(*seed);
+        }
+        self.take("steps", steps, |args, steps| args.picture.steps = steps)?;
+        self.take("guidance_scale", guidance_scale, |args, scale| {
+            args.picture.guidance_scale = scale;
+        })?;
+        self.take("width", width, |args, side| args.picture.width = Some(side))?;
+        self.take("height", height, |args, side| args.picture.height = Some(side))?;
+        self.take("dtype", dtype, |args, dtype| args.model.dtype = dtype)?;
+        let is_its_model = self.take_model(&settings.model)?;
+        if !(self.is_given)("scheduler") {
+            // The model's own stays the model's own.
+            self.args.picture.scheduler = match (&settings.scheduler, is_its_model) {
+                (None, true) => None,
+                (Some(_), _) | (None, false) => {
+                    Some(SchedulerKind::parse(&settings.resolved_scheduler)?)
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// Takes what is known of what other programs say.
+    fn take_infotext(&mut self, found: &Infotext) -> Result<()> {
+        self.take_prompts(&found.prompt, &found.negative_prompt);
+        if let Some(steps) = found.get("Steps") {
+            self.take("steps", steps, |args, steps| args.picture.steps = steps)?;
+        }
+        if let Some(scale) = found.get("CFG scale") {
+            self.take("guidance_scale", scale, |args, scale| args.picture.guidance_scale = scale)?;
+        }
+        if let Some(seed) = found.get("Seed") {
+            self.take("seed", seed, |args, seed| args.picture.seed = Some(seed))?;
+        }
+        if let Some((width, height)) = found.get("Size").and_then(|size| size.split_once('x')) {
+            self.take("width", width, |args, side| args.picture.width = Some(side))?;
+            self.take("height", height, |args, side| args.picture.height = Some(side))?;
+        }
+        if let Some(sampler) = found.get("Sampler").filter(|_| !(self.is_given)("scheduler")) {
+            self.args.picture.scheduler = Some(scheduler(sampler, found.get("Schedule type"))?);
+        }
+        Ok(())
+    }
+
+    fn take_prompts(&mut self, prompt: &str, negative_prompt: &str) {
+        let Args { words, after_dashes, picture, .. } = &mut *self.args;
+        if words.is_empty() && after_dashes.is_empty() && picture.prompt.is_none() {
+            picture.prompt = Some(prompt.to_owned());
+        }
+        if !(self.is_given)("negative_prompt") {
+            negative_prompt.clone_into(&mut picture.negative_prompt);
+        }
+    }
+
+    /// The model of a record, unless the user gave one: then its revision and variant say nothing.
+    fn take_model(&mut self, model: &ModelRecord) -> Result<bool> {
+        if (self.is_given)("model") {
+            return Ok(false);
+        }
+        let advice = |error: Error| error.context("its model; --model says where it is here");
+        // A name that Windows would send credentials to is no folder of anybody's.
+        let is_share = model.source.starts_with(r"\\") || model.source.starts_with("//");
+        let source: ModelSource = match is_share {
+            true => Err(Error::usage(format!("{:?} is on another machine", model.source))),
+            false => value("model", &model.source),
+        }
+        .map_err(advice)?;
+        let name = |id: &str, name: &Option<String>| {
+            name.as_deref().map(|name| value(id, name)).transpose()
+        };
+        self.args.model.model = source;
+        if !(self.is_given)("revision") {
+            self.args.model.revision = name("revision", &model.revision)?;
+        }
+        if !(self.is_given)("variant") {
+            self.args.model.variant = name("variant", &model.variant)?;
+        }
+        Ok(true)
+    }
+
+    fn take<T>(
+        &mut self,
+        id: &str,
+        text: &(impl ToString + ?Sized),
+        put: impl FnOnce(&mut Args, T),
+    ) -> Result<()>
+    where
+        T: FromStr<Err: std::fmt::Display>,
+    {
+        if !(self.is_given)(id) {
+            put(self.args, value(id, &text.to_string())?);
+        }
+        Ok(())
+    }
+}
+
+/// The value of a flag.
+fn value<T: FromStr<Err: std::fmt::Display>>(id: &str, text: &str) -> Result<T> {
+    text.trim().parse().map_err(|error| {
+        let (name, flag) = (id.replace('_', " "), id.replace('_', "-"));
+        let shown: String = text.chars().take(100).collect();
+        Error::usage(format!("its {name} {shown:?}: {error}; give --{flag}"))
+    })
+}
+
+/// The scheduler that another program's names mean.
+fn scheduler(sampler: &str, schedule: Option<&str>) -> Result<SchedulerKind> {
+    let labels = SchedulerKind::ALL.iter().map(|kind| (kind.label(), *kind));
+    let mut names: Vec<_> = labels.chain(CPP_SAMPLERS).collect();
+    names.sort_by_key(|(name, _)| std::cmp::Reverse(name.len()));
+    let found = names.into_iter().find_map(|(name, kind)| {
+        let rest = sampler.strip_prefix(name)?;
+        let word = rest.trim().to_lowercase();
+        let is_schedule = [&OWN_SCHEDULES[..], &OTHER_SCHEDULES].concat().contains(&&*word);
+        let is_whole = rest.is_empty() || rest.starts_with(' ');
+        (is_whole && is_schedule).then_some((kind, word))
+    });
+    let Some((kind, word)) = found else {
+        let known: Vec<_> = SchedulerKind::ALL.iter().map(|kind| kind.name()).collect();
+        let shown: String = sampler.chars().take(100).collect();
+        return Err(Error::usage(format!(
+            "its sampler {shown:?} is none of tiny-sd's; choose one with --scheduler ({})",
+            known.join(", ")
+        )));
+    };
+    for schedule in [schedule.unwrap_or_default(), &word] {
+        if !OWN_SCHEDULES.contains(&&*schedule.to_lowercase()) {
+            let shown: String = schedule.chars().take(100).collect();
+            return Err(Error::usage(format!(
+                "its schedule {shown:?} is none of tiny-sd's; --scheduler {} takes its sampler \
+                 with the model's own",
+                kind.name()
+            )));
+        }
+    }
+    Ok(kind)
+}
+
+/// What of another program's picture stays behind.
+fn note(found: &Infotext) -> Option<String> {
+    const MOST_SHOWN: usize = 8;
+    let is_ours = found.get("Version").is_some_and(|version| version.starts_with("tiny-sd "));
+    if is_ours {
+        return None;
+    }
+    let unused = found.values.iter().filter(|(name, _)| !KNOWN_VALUES.contains(&name.as_str()));
+    let unused: Vec<_> = unused.map(|(name, value)| format!("{name}: {value}")).collect();
+    let mut notes = Vec::new();
+    if found.get("RNG") != Some("CPU") {
+        notes.push("another program drew other noise from its seed".to_owned());
+    }
+    if !unused.is_empty() {
+        let more = if unused.len() > MOST_SHOWN { ", …" } else { "" };
+        let shown: String = unused.iter().take(MOST_SHOWN).cloned().collect::<Vec<_>>().join(", ");
+        let shown: String = shown.chars().take(400).collect();
+        notes.push(format!("not used: {shown}{more}"));
+    }
+    (!notes.is_empty()).then(|| notes.join("; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Job;
+    use crate::cli::job::tests::{Fake, job_of, parse_words};
+    use crate::cli::settings::tests::settings;
+    use crate::cli::{DtypeChoice, Request};
+    use crate::image::{ImageSize, Parameters, Picture};
+
+    fn picture() -> Picture {
+        Picture::new(ImageSize { height: 1, width: 1 }, vec![1, 2, 3]).unwrap()
+    }
+
+    /// A picture that carries the record.
+    fn with_record(record: &str) -> Vec<u8> {
+        let parameters = Parameters {
+            prompt: "not read".into(),
+            negative_prompt: String::new(),
+            steps: 1,
+            sampler: "no".into(),
+            guidance_scale: 0.0,
+            seed: 0,
+            size: ImageSize { height: 1, width: 1 },
+            model: String::new(),
+        };
+        picture().to_png(&parameters, record).unwrap()
+    }
+
+    /// A picture that carries the text.
+    fn with_text(text: &str) -> Vec<u8> {
+        let mut file = Vec::new();
+        let mut encoder = png::Encoder::new(&mut file, 1, 1);
+        encoder.add_itxt_chunk("parameters".into(), text.into()).unwrap();
+        let mut writer = encoder.write_header().unwrap();
+        writer.write_image_data(&[0]).unwrap();
+        drop(writer);
+        file
+    }
+
+    fn from(file: Vec<u8>, words: &str) -> std::result::Result<Job, String> {
+        let there = vec![("x.png", At::File)];
+        let mut fake = Fake { there, files: vec![("x.png", file)], ..Fake::default() };
+        match parse_words(&format!("--from|x.png{words}"), &mut fake) {
+            Ok(Request::Paint(job)) => Ok(*job),
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    #[test]
+    fn a_record_becomes_the_job_it_was_and_flags_that_are_given_win() {
+        let file = with_record(&settings().to_json());
+        let words = "a fox|-n|blurry|-s|18446744073709551615|--steps|3|-g|7.1|-W|128|-H|64\
+                     |-m|org/name|--dtype|f32";
+        let job = from(file.clone(), "").unwrap();
+        assert_eq!(job, job_of(words));
+        // The model's own scheduler is the model's own again, and another model gets the same.
+        let other = from(file.clone(), "|-m|other/name").unwrap();
+        assert_eq!(other.scheduler, Some(SchedulerKind::Ddim));
+        type Change = fn(&mut Job);
+        let rows: [(&str, Change); 8] = [
+            ("|a cat", |job| job.prompt = "a cat".into()),
+            ("|--prompt|", |job| job.prompt = String::new()),
+            ("|-n|", |job| job.negative_prompt = String::new()),
+            ("|-s|7", |job| job.seed = 7),
+            // Also where they are the default.
+            ("|--steps|25", |job| job.steps = "25".parse().unwrap()),
+            ("|-g|7.5", |job| job.guidance_scale = "7.5".parse().unwrap()),
+            ("|--dtype|auto", |job| job.dtype = DtypeChoice::Auto),
+            ("|--scheduler|euler", |job| job.scheduler = Some(SchedulerKind::Euler)),
+        ];
+        for (flag, change) in rows {
+            let mut expected = job.clone();
+            change(&mut expected);
+            assert_eq!(from(file.clone(), flag).unwrap(), expected, "{flag}");
+        }
+    }
+
+    #[test]
+    fn other_programs_settings_are_taken_and_what_is_not_is_said() {
+        let text = "a fox\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, Schedule type: \
+                    Automatic, CFG scale: 7, Seed: 5, Size: 512x768, Model: v1-5, Clip skip: 2";
+        let job = from(with_text(text), "").unwrap();
+        let same = "a fox|-n|blurry|--steps|20|--scheduler|euler-a|-g|7|-s|5|-W|512|-H|768";
+        assert_eq!(Job { notes: Vec::new(), ..job.clone() }, job_of(same));
+        let note = "x.png: another program drew other noise from its seed; \
+                    not used: Model: v1-5, Clip skip: 2";
+        assert_eq!(job.notes, [note]);
+        let cpp = "a\nSteps: 2, CFG scale: 7.000000, Seed: 1, Size: 8x8, RNG: cuda, \
+                   Sampler: dpm++2m discrete, Version: stable-diffusion.cpp";
+        let job = from(with_text(cpp), "").unwrap();
+        assert_eq!(job.scheduler, Some(SchedulerKind::DpmSolverMultistep));
+        assert_eq!(job.guidance_scale.get(), 7.0);
+    }
+
+    #[test]
+    fn samplers_have_their_names_and_other_schedules_are_refused_by_name() {
+        let check = |sampler: &str, schedule: Option<&str>, expected: &str| {
+            let found = scheduler(sampler, schedule);
+            let found = found.map_or_else(|error| error.to_string(), |kind| kind.name().into());
+            assert!(found.contains(expected), "{sampler}: {found}");
+        };
+        for kind in SchedulerKind::ALL {
+            check(kind.label(), None, kind.name());
+        }
+        check("Euler a", Some("Automatic"), "euler-a");
+        check("euler_a", None, "euler-a");
+        check("euler discrete", None, "euler");
+        check("DPM++ 2M", Some("Karras"), "its schedule \"Karras\" is none of tiny-sd's");
+        check("DPM++ 2M Karras", None, "--scheduler dpm++2m takes its sampler");
+        check("euler_a karras", None, "its schedule \"karras\"");
+        check("DPM++ 2M SDE", None, "its sampler \"DPM++ 2M SDE\" is none of tiny-sd's");
+        check("UniPC", None, "choose one with --scheduler (dpm++2m, ");
+        check("", None, "its sampler \"\"");
+    }
+
+    #[test]
+    fn what_cannot_be_is_one_line_that_names_the_picture_and_the_flag() {
+        let record = |from: &str, to: &str| {
+            let json = settings().to_json();
+            assert!(json.contains(from), "{json}");
+            with_record(&json.replace(from, to))
+        };
+        for (file, words, expected) in [
+            (b"GIF89a".to_vec(), "", "--from x.png: it is no PNG"),
+            (with_text(""), "", "says nothing about how it was made"),
+            (picture().to_plain_png().unwrap(), "", "says nothing about how it was made"),
+            (with_record("{}"), "", "its record cannot be read: missing field"),
+            (record("\"steps\":3", "\"steps\":3000"), "", "its steps \"3000\": a whole number"),
+            (record("\"steps\":3", "\"steps\":3000"), "|--steps|5", ""),
+            (record("\"width\":128", "\"width\":4000000000"), "", "give --width"),
+            (record("7.1", "-1.0"), "", "its guidance scale \"-1\""),
+            (record("org/name", "none"), "", "--model says where it is here"),
+            (record("org/name", r"\\\\evil\\share"), "", "is on another machine"),
+            (record("\"ddim\"", "\"evil\""), "|-m|a/b", "--scheduler \"evil\" is unknown"),
+            (with_text("x\nSteps: 2, Seed: -1, Size: 8x8"), "", "its seed \"-1\""),
+            (with_text("x\nSteps: 2, Seed: -1, Size: 9x8"), "|-s|1", "its width \"9\""),
+            (with_text("x\nSteps: 2, Seed: 1, Sampler: Heun"), "", "its sampler \"Heun\""),
+            (with_text("x\nSteps: 2, Seed: 1, Sampler: Heun"), "|--scheduler|ddim", ""),
+        ] {
+            let message = from(file, words).err().unwrap_or_default();
+            assert!(message.contains(expected), "{expected}: {message}");
+            assert!(expected.is_empty() == message.is_empty(), "{expected}: {message}");
+            assert!(!message.contains('\n'), "{message}");
+        }
+        let error = parse_words("--from|none.png", &mut Fake::default()).unwrap_err();
+        assert_eq!(error.to_string(), "--from none.png: there is no such file");
+    }
+}

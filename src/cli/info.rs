@@ -1,0 +1,430 @@
+//! `tiny-sd info`: how a picture was made, or what a model consists of. Separate because its
+//! product is text on standard output, for people or, with `--json`, for programs.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use clap::{CommandFactory, FromArgMatches, Parser};
+use serde_json::{Value, json};
+
+use super::display::Display;
+use super::from::read_picture;
+use super::identity::Identity;
+use super::interrupt;
+use super::job::{Request, usage};
+use super::model::{HubName, ModelSource};
+use super::painter::{self, Wanted};
+use super::settings::Settings;
+use super::surroundings::{At, Process, Surroundings};
+use super::values::Verbosity;
+use crate::error::{Error, Result};
+use crate::image::{Infotext, PngTexts};
+use crate::pipeline;
+use crate::schedule::SchedulerConfig;
+use crate::weights::{Checkpoint, Component, Format, ModelFolder, Variant};
+
+/// What is asked about.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tiny-sd info",
+    about = "Says how a picture was made, or what a model consists of.",
+    override_usage = "tiny-sd info [OPTIONS] <PICTURE|MODEL>",
+    after_help = AFTER_HELP
+)]
+struct InfoArgs {
+    /// A PNG, a folder in diffusers layout, a repository that was downloaded, or a weight file
+    #[arg(value_name = "PICTURE|MODEL")]
+    what: PathBuf,
+
+    /// One line of JSON instead of text
+    #[arg(long)]
+    json: bool,
+
+    /// Branch, tag or commit of the repository [default: main]
+    #[arg(long, value_name = "REVISION")]
+    revision: Option<HubName>,
+
+    /// Weights to prefer where a model has several, such as fp16
+    #[arg(long, value_name = "NAME")]
+    variant: Option<HubName>,
+}
+
+const AFTER_HELP: &str = "\
+Of a picture it reads what tiny-sd records, and what AUTOMATIC1111's web UI and stable-diffusion.cpp
+write. Nothing is downloaded. The weights' hash is of their content: it is the same for the same
+weights in another kind of file.
+
+Examples:
+  tiny-sd info out.png
+  tiny-sd info segmind/tiny-sd
+  tiny-sd info ./my-model --json | jq .weights_hash
+
+Exit codes:
+  0    it is said
+  1    a picture or a file that cannot be read
+  2    a wrong command line
+  3    a model or its weights";
+
+/// What is to be said of what.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InfoJob {
+    what: Subject,
+    revision: Option<HubName>,
+    variant: Option<HubName>,
+    is_json: bool,
+}
+
+/// What is asked about.
+#[derive(Debug, Clone, PartialEq)]
+enum Subject {
+    /// A picture, or weights: its first bytes say which.
+    File(PathBuf),
+    /// A model.
+    Model(ModelSource),
+}
+
+/// Parses what follows `tiny-sd info`.
+///
+/// # Errors
+/// One line that names what is wrong.
+pub(super) fn parse(
+    flags: impl Iterator<Item = OsString>,
+    surroundings: &dyn Surroundings,
+) -> Result<Request> {
+    let words = std::iter::once("tiny-sd info".into()).chain(flags);
+    let args = InfoArgs::command()
+        .try_get_matches_from(words)
+        .and_then(|matches| InfoArgs::from_arg_matches(&matches));
+    let InfoArgs { what, json, revision, variant } = match args {
+        Ok(args) => args,
+        Err(error) if !error.use_stderr() => return Ok(Request::Show(error)),
+        Err(error) => return Err(usage(&error)),
+    };
+    let what = match surroundings.at(&what) {
+        At::File | At::Device => Subject::File(what),
+        At::Folder => Subject::Model(ModelSource::Folder(what)),
+        At::Nothing => {
+            let name = what.to_string_lossy();
+            let source = name.parse::<ModelSource>().ok();
+            let source = source.filter(|source| matches!(source, ModelSource::Hub(_)));
+            Subject::Model(source.ok_or_else(|| {
+                Error::usage(format!("{name}: there is no such file or folder, and no such model"))
+            })?)
+        }
+    };
+    Ok(Request::Tell(Box::new(InfoJob { what, revision, variant, is_json: json })))
+}
+
+/// Says it on standard output.
+///
+/// # Errors
+/// If what is asked about cannot be read.
+pub fn tell(job: &InfoJob) -> Result<()> {
+    interrupt::install(true)?;
+    let found = match &job.what {
+        Subject::File(path) => file(path).map_err(|error| error.context(path.display()))?,
+        Subject::Model(source) => model(job, source)?,
+    };
+    let text = match job.is_json {
+        true => format!("{}\n", found.json),
+        false => found.text,
+    };
+    super::print(&text)
+}
+
+/// What was found, in both forms.
+struct Found {
+    text: String,
+    json: Value,
+}
+
+fn file(path: &Path) -> Result<Found> {
+    let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
+    let format = match extension.to_str() {
+        Some("safetensors") => Format::Safetensors,
+        Some("bin" | "pt" | "pth" | "ckpt") => Format::Pickle,
+        Some(_) | None => return picture(path),
+    };
+    // Its messages name the file.
+    let weights = Weights::of(&Checkpoint::read(path, format).map_err(|error| {
+        let text = error.to_string();
+        let name = format!("{}: ", path.display());
+        Error::new(error.kind(), text.strip_prefix(&name).unwrap_or(&text))
+    })?);
+    let bytes = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
+    let format = match format {
+        Format::Safetensors => "safetensors",
+        Format::Pickle => "pickle",
+    };
+    let name = path.display().to_string();
+    let text = format!("{name}: {weights}, {} as {format}\n", megabytes(bytes));
+    let mut json = weights.json();
+    let more = json!({"kind": "weights", "file": name, "format": format, "bytes": bytes});
+    merge(&mut json, more);
+    Ok(Found { text, json })
+}
+
+fn picture(path: &Path) -> Result<Found> {
+    let texts = PngTexts::read(&read_picture(path, &Process)?)?;
+    let record = texts.record.as_deref().map(Settings::from_json).transpose()?;
+    let infotext = texts.parameters.as_deref().map(Infotext::parse);
+    let (name, size) = (path.display().to_string(), texts.size);
+    let mut text = format!("{name}: {size}\n");
+    match (&record, &infotext) {
+        (Some(record), _) => record_lines(record, &mut text),
+        (None, Some(found)) => infotext_lines(found, &mut text),
+        (None, None) => text.push_str("it does not say how it was made\n"),
+    }
+    let settings = infotext.as_ref().map(|found| {
+        let values: serde_json::Map<String, Value> =
+            found.values.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+        json!({
+            "prompt": found.prompt,
+            "negative_prompt": found.negative_prompt,
+            "values": values,
+        })
+    });
+    let json = json!({
+        "kind": "picture",
+        "file": name,
+        "width": size.width,
+        "height": size.height,
+        "key": record.as_ref().map(Settings::key),
+        "record": record,
+        "parameters": texts.parameters,
+        "settings": settings,
+    });
+    Ok(Found { text, json })
+}
+
+/// A name and a value; what steers a terminal is shown and not done.
+fn line(text: &mut String, name: &str, value: impl std::fmt::Display) {
+    let mut shown = String::new();
+    for c in value.to_string().chars() {
+        match c.is_control() {
+            true => shown.extend(c.escape_default()),
+            false => shown.push(c),
+        }
+    }
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "{:<16} {shown}", name.replace(char::is_control, " "));
+}
+
+fn record_lines(record: &Settings, text: &mut String) {
+    let Settings { model, .. } = record;
+    line(text, "made by", format!("tiny-sd {}, pipeline {}", record.version, record.pipeline));
+    line(text, "prompt", &record.prompt);
+    if record.resolved_prompt != record.prompt {
+        line(text, "resolved prompt", &record.resolved_prompt);
+    }
+    line(text, "negative prompt", &record.negative_prompt);
+    line(text, "seed", record.seed);
+    line(text, "steps", record.steps);
+    line(text, "guidance scale", record.guidance_scale);
+    line(text, "size", format!("{}x{}", record.width, record.height));
+    let whose = if record.scheduler.is_none() { ", the model's own" } else { "" };
+    line(text, "scheduler", format!("{}{whose}", record.resolved_scheduler));
+    line(text, "dtype", &record.dtype);
+    line(text, "model", &model.source);
+    for (name, value) in [("revision", &model.revision), ("variant", &model.variant)] {
+        value.iter().for_each(|value| line(text, name, value));
+    }
+    line(text, "weights hash", &model.weights_hash);
+    line(text, "config hash", &model.config_hash);
+    line(text, "device", &record.device);
+    record.kernel_path.iter().for_each(|path| line(text, "kernels", path));
+    line(text, "key", record.key());
+}
+
+fn infotext_lines(found: &Infotext, text: &mut String) {
+    line(text, "prompt", &found.prompt);
+    line(text, "negative prompt", &found.negative_prompt);
+    found.values.iter().for_each(|(name, value)| line(text, name, value));
+}
+
+fn model(job: &InfoJob, source: &ModelSource) -> Result<Found> {
+    let (revision, variant) = (job.revision.as_ref(), job.variant.as_ref());
+    let wanted = Wanted { model: source, revision, variant, offline: true };
+    let (folder, variant) = painter::model(&wanted, &Display::new(Verbosity::Quiet))?;
+    let parts = Component::ALL.map(|component| Part::of(&folder, component, variant.as_ref()));
+    let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
+    let Identity { weights_hash, config_hash } = Identity::of(&folder, variant.as_ref())?;
+    let scheduler_config = folder.scheduler_config()?;
+    let scheduler = SchedulerConfig::parse(&scheduler_config).and_then(|config| config.scheduler());
+    let scheduler = scheduler.map(|scheduler| scheduler.kind().name());
+    let size = pipeline::default_size(&folder);
+    let field = |name: &str| scheduler_config.get(name).and_then(Value::as_str);
+    let (class, prediction) = (field("_class_name"), field("prediction_type"));
+    let mut text = format!("{source}: a model in diffusers layout\n");
+    for part in &parts {
+        let files: Vec<_> = part.files.iter().map(|(name, _)| name.as_str()).collect();
+        let class = part.class.as_deref().unwrap_or("?");
+        let (weights, bytes) = (&part.weights, megabytes(part.bytes()));
+        line(
+            &mut text,
+            part.component.folder(),
+            format!("{class}, {weights}, {bytes}: {}", files.join(", ")),
+        );
+    }
+    let parameters: u64 = parts.iter().map(|part| part.weights.parameters).sum();
+    let bytes: u64 = parts.iter().map(Part::bytes).sum();
+    line(&mut text, "in all", format!("{parameters} parameters, {}", megabytes(bytes)));
+    let named = scheduler.as_ref().map_or("none of tiny-sd's", |name| name);
+    let shown = format!("{named} ({}), {}", class.unwrap_or("?"), prediction.unwrap_or("epsilon"));
+    line(&mut text, "scheduler", shown);
+    match &size {
+        Ok(size) => line(&mut text, "image size", size),
+        Err(error) => line(&mut text, "not covered", error),
+    }
+    line(&mut text, "weights hash", &weights_hash);
+    line(&mut text, "config hash", &config_hash);
+    let json = json!({
+        "kind": "model",
+        "source": source.to_string(),
+        "folder": folder.path().display().to_string(),
+        "components": parts.iter().map(Part::json).collect::<Vec<_>>(),
+        "parameters": parameters,
+        "bytes": bytes,
+        "scheduler": scheduler.ok(),
+        "scheduler_class": class,
+        "prediction_type": prediction,
+        "width": size.as_ref().ok().map(|size| size.width),
+        "height": size.as_ref().ok().map(|size| size.height),
+        "not_covered": size.as_ref().err().map(ToString::to_string),
+        "weights_hash": weights_hash,
+        "config_hash": config_hash,
+    });
+    Ok(Found { text, json })
+}
+
+/// A component of a model.
+struct Part {
+    component: Component,
+    class: Option<String>,
+    weights: Weights,
+    /// Names and bytes.
+    files: Vec<(String, u64)>,
+}
+
+impl Part {
+    fn of(folder: &ModelFolder, component: Component, variant: Option<&Variant>) -> Result<Self> {
+        let config = folder.config(component)?;
+        let class = config.get("_class_name").or_else(|| config.get("architectures")?.get(0));
+        let files = folder.weight_files(component, variant)?.into_iter().map(|name| {
+            let metadata = std::fs::metadata(folder.path().join(&name));
+            (name, metadata.map_or(0, |metadata| metadata.len()))
+        });
+        Ok(Self {
+            component,
+            class: class.and_then(Value::as_str).map(str::to_owned),
+            weights: Weights::of(&folder.checkpoint(component, variant)?),
+            files: files.collect(),
+        })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.files.iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    fn json(&self) -> Value {
+        let file = |(name, bytes): &(String, u64)| json!({"name": name, "bytes": bytes});
+        let mut json = self.weights.json();
+        let more = json!({
+            "name": self.component.folder(),
+            "class": self.class,
+            "bytes": self.bytes(),
+            "files": self.files.iter().map(file).collect::<Vec<_>>(),
+        });
+        merge(&mut json, more);
+        json
+    }
+}
+
+/// The tensors of a component or a file, counted.
+struct Weights {
+    tensors: usize,
+    parameters: u64,
+    /// Elements by their type.
+    dtypes: BTreeMap<&'static str, u64>,
+}
+
+impl Weights {
+    fn of(checkpoint: &Checkpoint) -> Self {
+        let mut dtypes = BTreeMap::<_, u64>::new();
+        for (_, tensor) in checkpoint.iter() {
+            let elements = dtypes.entry(tensor.dtype().as_str()).or_default();
+            *elements = elements.saturating_add(tensor.layout().shape().elem_count() as u64);
+        }
+        let parameters = dtypes.values().fold(0, |sum: u64, count| sum.saturating_add(*count));
+        Self { tensors: checkpoint.len(), parameters, dtypes }
+    }
+
+    fn json(&self) -> Value {
+        let Self { tensors, parameters, dtypes } = self;
+        json!({"tensors": tensors, "parameters": parameters, "dtypes": dtypes})
+    }
+}
+
+/// `123 parameters in f16, 4 tensors`
+impl std::fmt::Display for Weights {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let dtypes: Vec<_> = self.dtypes.keys().copied().collect();
+        let Self { parameters, tensors, .. } = self;
+        write!(f, "{parameters} parameters in {}, {tensors} tensors", dtypes.join(" and "))
+    }
+}
+
+fn megabytes(bytes: u64) -> String {
+    format!("{:.1} MB", bytes as f64 / 1e6)
+}
+
+fn merge(json: &mut Value, more: Value) {
+    if let (Some(fields), Value::Object(more)) = (json.as_object_mut(), more) {
+        fields.extend(more);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::job::tests::{Fake, parse_words};
+    use crate::error::Kind;
+
+    #[test]
+    fn info_takes_a_file_a_folder_or_a_repository_and_nothing_else() {
+        let there = vec![("a.png", At::File), ("dir", At::Folder), ("pipe", At::Device)];
+        let mut fake = Fake { there, ..Fake::default() };
+        for (words, expected) in [
+            ("info|a.png", Ok(Subject::File("a.png".into()))),
+            ("info|pipe|--json", Ok(Subject::File("pipe".into()))),
+            ("info|dir", Ok(Subject::Model(ModelSource::Folder("dir".into())))),
+            ("info|org/name", Ok(Subject::Model(ModelSource::Hub("org/name".into())))),
+            ("info|b.png", Err("b.png: there is no such file or folder, and no such model")),
+            ("info|./org/name", Err("there is no such file")),
+            ("info", Err("<PICTURE|MODEL>")),
+            ("info|a|b", Err("unexpected argument 'b'")),
+            ("inof", Err("did you mean \"tiny-sd info\"?")),
+        ] {
+            match (parse_words(words, &mut fake), expected) {
+                (Ok(Request::Tell(job)), Ok(expected)) => {
+                    assert_eq!(job.what, expected, "{words}");
+                    assert_eq!(job.is_json, words.contains("--json"), "{words}");
+                }
+                (Err(error), Err(expected)) => {
+                    assert_eq!(error.kind(), Kind::Usage, "{error}");
+                    assert!(error.to_string().contains(expected), "{words}: {error}");
+                }
+                (found, _) => panic!("{words}: {found:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_would_steer_a_terminal_is_shown_instead() {
+        let mut text = String::new();
+        line(&mut text, "prompt", "a\n\u{1b}[2J é");
+        assert_eq!(text, "prompt           a\\n\\u{1b}[2J é\n");
+    }
+}

@@ -1,0 +1,228 @@
+//! What pictures say of themselves, read again by the program: `info`, `--from`, `verify`. Separate
+//! because every test starts from a picture.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use tiny_sd::image::{ImageSize, Parameters, Picture, PngTexts};
+
+use super::golden::fixtures;
+use super::processes::{Worker, picture};
+
+fn model(name: &str) -> String {
+    fixtures().join("models").join(name).to_str().unwrap().to_owned()
+}
+
+/// A command in a folder, whose caches are there as well, with the miniature model as the default.
+fn command(folder: &Path, program: &str) -> Command {
+    let mut command = Command::new(program);
+    command
+        .current_dir(folder)
+        .env("HOME", folder.join("home"))
+        .env("XDG_CACHE_HOME", folder.join("home"))
+        .env("TINY_SD_MODEL", model("tiny"))
+        .env("HF_HUB_OFFLINE", "1")
+        .env_remove("TINY_SD_DEVICE")
+        .stdin(std::process::Stdio::null());
+    command
+}
+
+fn run(folder: &Path, words: &[&str]) -> Output {
+    command(folder, env!("CARGO_BIN_EXE_tiny-sd")).args(words).output().unwrap()
+}
+
+/// What a run that must end with `code` prints: the product, and what is said beside it.
+fn ends_with(code: i32, output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(code), "{stdout}{stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    (stdout, stderr)
+}
+
+/// A folder with `fox.png`.
+fn fox() -> TempDir {
+    let folder = TempDir::new().unwrap();
+    let words = ["a \"red\" fox\nin snow", "-n", "blurry", "-s", "18446744073709551615"];
+    let more = ["--steps", "3", "-g", "5.5", "-W", "72", "-o", "fox.png"];
+    ends_with(0, &run(folder.path(), &[&words[..], &more].concat()));
+    folder
+}
+
+fn json(folder: &Path, words: &[&str], code: i32) -> Value {
+    let (stdout, _) = ends_with(code, &run(folder, words));
+    assert_eq!(stdout.lines().count(), 1, "{stdout}");
+    serde_json::from_str(&stdout).unwrap()
+}
+
+#[test]
+fn info_says_how_a_picture_was_made() {
+    let folder = fox();
+    let (text, stderr) = ends_with(0, &run(folder.path(), &["info", "fox.png"]));
+    assert_eq!(stderr, "");
+    for line in [
+        "fox.png: 72x64",
+        "prompt           a \"red\" fox\\nin snow",
+        "negative prompt  blurry",
+        "seed             18446744073709551615",
+        "guidance scale   5.5",
+        "scheduler        dpm++2m, the model's own",
+        "device           cpu",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line:?} is not in {text}");
+    }
+    let found = json(folder.path(), &["info", "fox.png", "--json"], 0);
+    assert_eq!(found["record"]["prompt"], "a \"red\" fox\nin snow");
+    assert_eq!(found["record"]["seed"], u64::MAX);
+    assert_eq!(found["record"]["model"]["source"], *model("tiny"));
+    assert_eq!(found["settings"]["prompt"], "a \"red\" fox\nin snow");
+    assert_eq!(found["settings"]["values"]["Sampler"], "DPM++ 2M");
+    assert_eq!((&found["width"], &found["height"]), (&72.into(), &64.into()));
+}
+
+#[test]
+fn info_says_what_a_model_consists_of() {
+    let folder = fox();
+    let recorded = json(folder.path(), &["info", "fox.png", "--json"], 0);
+    let (text, _) = ends_with(0, &run(folder.path(), &["info", &model("tiny")]));
+    let found = json(folder.path(), &["info", &model("tiny"), "--json"], 0);
+    assert_eq!(found["weights_hash"], recorded["record"]["model"]["weights_hash"]);
+    assert_eq!(found["config_hash"], recorded["record"]["model"]["config_hash"]);
+    assert!(text.contains(found["weights_hash"].as_str().unwrap()), "{text}");
+    let parameters: u64 = found["components"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|part| part["parameters"].as_u64().unwrap())
+        .sum();
+    assert_eq!(found["parameters"], parameters);
+    assert_eq!(found["components"][1]["name"], "unet");
+    assert_eq!(found["components"][1]["class"], "UNet2DConditionModel");
+    let file = &found["components"][1]["files"][0];
+    assert_eq!(file["name"], "unet/diffusion_pytorch_model.bin");
+    let on_disk = fs::metadata(Path::new(&model("tiny")).join("unet/diffusion_pytorch_model.bin"));
+    assert_eq!(file["bytes"], on_disk.unwrap().len());
+    assert_eq!((&found["scheduler"], &found["width"]), (&"dpm++2m".into(), &64.into()));
+    // Shards, and one file alone.
+    let sharded = json(folder.path(), &["info", &model("sd2"), "--json"], 0);
+    assert_eq!(sharded["components"][1]["files"].as_array().unwrap().len(), 2);
+    assert_ne!(sharded["weights_hash"], found["weights_hash"]);
+    let alone = format!("{}/vae/diffusion_pytorch_model.safetensors", model("sd1"));
+    let alone = json(folder.path(), &["info", &alone, "--json"], 0);
+    let sd1 = json(folder.path(), &["info", &model("sd1"), "--json"], 0);
+    assert_eq!(alone["parameters"], sd1["components"][2]["parameters"]);
+}
+
+#[test]
+fn what_is_no_picture_and_no_model_is_one_line() {
+    let folder = TempDir::new().unwrap();
+    fs::write(folder.path().join("a.png"), b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR").unwrap();
+    fs::write(folder.path().join("a.safetensors"), b"x").unwrap();
+    for (words, code, expected) in [
+        (&["info", "a.png"][..], 1, "a.png: the PNG cannot be read"),
+        (&["verify", "a.png"], 1, "a.png: the PNG cannot be read"),
+        (&["--from", "a.png"], 1, "--from a.png: the PNG cannot be read"),
+        (&["info", "a.safetensors"], 3, "a.safetensors: "),
+        (&["info", "org/name"], 3, "org/name"),
+        (&["info", "b.png"], 2, "there is no such file"),
+        (&["verify", "."], 1, "it is a folder"),
+    ] {
+        let (stdout, stderr) = ends_with(code, &run(folder.path(), words));
+        assert_eq!((stdout.as_str(), stderr.lines().count()), ("", 1), "{words:?}: {stderr}");
+        assert!(stderr.starts_with("error: ") && stderr.contains(expected), "{stderr}");
+    }
+}
+
+#[test]
+fn from_makes_the_same_picture_and_flags_that_are_given_win() {
+    let folder = fox();
+    let same =
+        |name: &str| picture(&folder.path().join(name)) == picture(&folder.path().join("fox.png"));
+    // The model is the record's, not the default.
+    let mut command = command(folder.path(), env!("CARGO_BIN_EXE_tiny-sd"));
+    command.env_remove("TINY_SD_MODEL").args(["--from", "fox.png", "-o", "again.png"]);
+    ends_with(0, &command.output().unwrap());
+    assert!(same("again.png"));
+    ends_with(0, &run(folder.path(), &["a cat", "--from", "fox.png", "-o", "cat.png"]));
+    assert!(!same("cat.png"));
+    let cat = json(folder.path(), &["info", "cat.png", "--json"], 0);
+    let fox = json(folder.path(), &["info", "fox.png", "--json"], 0);
+    assert_eq!(cat["record"]["prompt"], "a cat");
+    assert_eq!(cat["record"]["seed"], fox["record"]["seed"]);
+    // Without the record what AUTOMATIC1111 reads is left, which is enough.
+    let file = fs::read(folder.path().join("fox.png")).unwrap();
+    let chunk = file.windows(8).position(|bytes| bytes == b"iTXttiny").unwrap() - 4;
+    let len = u32::from_be_bytes(file[chunk..chunk + 4].try_into().unwrap()) as usize;
+    let without = [&file[..chunk], &file[chunk + 12 + len..]].concat();
+    fs::write(folder.path().join("without.png"), without).unwrap();
+    let (_, stderr) =
+        ends_with(0, &run(folder.path(), &["--from", "without.png", "-o", "third.png"]));
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(same("third.png"));
+}
+
+/// The picture with other pixels and the same texts.
+fn edited(path: &Path, edit: impl FnOnce(Picture) -> Picture) -> Vec<u8> {
+    let file = fs::read(path).unwrap();
+    let record = PngTexts::read(&file).unwrap().record.unwrap();
+    let parameters = Parameters {
+        prompt: String::new(),
+        negative_prompt: String::new(),
+        steps: 1,
+        sampler: String::new(),
+        guidance_scale: 1.0,
+        seed: 1,
+        size: ImageSize { height: 1, width: 1 },
+        model: String::new(),
+    };
+    edit(Picture::from_png(&file).unwrap()).to_png(&parameters, &record).unwrap()
+}
+
+#[test]
+fn verify_says_whether_a_picture_comes_out_the_same_and_what_is_not_as_recorded() {
+    let folder = fox();
+    let write = |name: &str, bytes: Vec<u8>| fs::write(folder.path().join(name), bytes).unwrap();
+    let original = folder.path().join("fox.png");
+    let dot = |picture: Picture| {
+        let mut rgb = picture.rgb().to_vec();
+        rgb[100] ^= 0x40;
+        Picture::new(picture.size(), rgb).unwrap()
+    };
+    let cut = |picture: Picture| {
+        let size = ImageSize { height: picture.size().height - 1, ..picture.size() };
+        let len = size.height * size.width * 3;
+        Picture::new(size, picture.rgb()[..len].to_vec()).unwrap()
+    };
+    write("edited.png", edited(&original, dot));
+    write("cut.png", edited(&original, cut));
+    let (worker, other_model) = (Worker::start(), model("sd1"));
+    let url = folder.path().join("url");
+    fs::write(&url, &worker.url).unwrap();
+    let device = format!("@{}", url.display());
+    let squares = 64.0f64.powi(2) / (72.0 * 64.0 * 3.0);
+    let one_dot =
+        format!("edited.png: differs, {:.2} dB", 10.0 * (255.0f64.powi(2) / squares).log10());
+    for (words, code, expected) in [
+        (&["fox.png"][..], 0, "fox.png: bit-exact"),
+        (&["fox.png", "--device", "mock"], 0, "fox.png: bit-exact; device: cpu is recorded, mock"),
+        (&["fox.png", "--device", &device], 0, "fox.png: bit-exact; device: cpu is recorded, quic"),
+        (&["edited.png"], 1, &one_dot),
+        (&["cut.png"], 1, "cut.png: differs, it has 72x63 pixels, and its record 72x64"),
+        (&["fox.png", "--dtype", "f16"], 1, "dtype: f32 is recorded, f16 is here"),
+        (&["fox.png", "-m", &other_model], 1, "; weights: "),
+    ] {
+        let output = run(folder.path(), &[&["verify", "-q"], words].concat());
+        let (stdout, stderr) = ends_with(code, &output);
+        assert_eq!((stdout.lines().count(), &*stderr), (1, ""), "{words:?}: {stdout}");
+        assert!(stdout.contains(expected), "{words:?}: {stdout}");
+        assert!(!stdout.contains(&worker.url), "{stdout}");
+    }
+    let found = json(folder.path(), &["verify", "edited.png", "--json"], 1);
+    assert_eq!((&found["is_exact"], &found["differences"]), (&false.into(), &Value::Array(vec![])));
+    assert!(found["psnr_db"].as_f64().unwrap() > 50.0);
+    let found = json(folder.path(), &["verify", "fox.png", "--json"], 0);
+    assert_eq!((&found["is_exact"], &found["psnr_db"]), (&true.into(), &Value::Null));
+}
