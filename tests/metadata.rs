@@ -1,8 +1,8 @@
-//! What pictures say of themselves, read again by the program: `info`, `--from`, `verify`. Separate
-//! because every test starts from a picture.
+//! What pictures say of themselves, read again by the program: `info`, `--from`, `verify`, and the
+//! README's shell recipes as they stand there. Separate because every test starts from a picture.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::Value;
@@ -225,4 +225,93 @@ fn verify_says_whether_a_picture_comes_out_the_same_and_what_is_not_as_recorded(
     assert!(found["psnr_db"].as_f64().unwrap() > 50.0);
     let found = json(folder.path(), &["verify", "fox.png", "--json"], 0);
     assert_eq!((&found["is_exact"], &found["psnr_db"]), (&true.into(), &Value::Null));
+}
+
+/// The fenced block of this language in the README's section on scripts, the `number`-th from 0.
+#[cfg(unix)]
+fn recipe(language: &str, number: usize) -> String {
+    let readme = include_str!("../README.md");
+    let (_, section) = readme.split_once("\n## In scripts\n").unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let fence = format!("\n```{language}\n");
+    let mut blocks = section.split(&fence).skip(1);
+    blocks.nth(number).unwrap().split_once("\n```").unwrap().0.to_owned() + "\n"
+}
+
+/// Prompts that shells like to break, each with whatever it holds.
+#[cfg(unix)]
+const PROMPTS: [&str; 5] = [
+    "a red fox",
+    "it's \"raining\" \\ $HOME `date`",
+    "  two  spaces * ?",
+    "--count 3",
+    "東京の少女",
+];
+
+/// Runs a script of the README in a folder where the program is found as `tiny-sd`.
+#[cfg(unix)]
+fn shell(folder: &Path, script: &str) -> Output {
+    let mut paths = vec![PathBuf::from(env!("CARGO_BIN_EXE_tiny-sd")).parent().unwrap().to_owned()];
+    paths.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap()));
+    let mut command = command(folder, "sh");
+    command.env("PATH", std::env::join_paths(paths).unwrap());
+    command.args(["-euc", script]).output().unwrap()
+}
+
+/// The prompts of all pictures in a folder, in the order of the pictures' names.
+#[cfg(unix)]
+fn prompts(folder: &Path) -> Vec<String> {
+    let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut names: Vec<_> = names.collect();
+    names.sort();
+    let record = |path: &PathBuf| PngTexts::read(&fs::read(path).unwrap()).unwrap().record.unwrap();
+    let prompt = |path| {
+        let record: Value = serde_json::from_str(&record(path)).unwrap();
+        record["prompt"].as_str().unwrap().to_owned()
+    };
+    names.iter().map(prompt).collect()
+}
+
+#[cfg(unix)]
+#[test]
+fn the_recipes_with_xargs_and_a_loop_make_every_prompt_as_it_is_and_lose_none() {
+    let folder = TempDir::new().unwrap();
+    // The last line may lack its end.
+    fs::write(folder.path().join("prompts.txt"), PROMPTS.join("\n")).unwrap();
+    let pictures = folder.path().join("pictures");
+    ends_with(0, &shell(folder.path(), &recipe("sh", 0)));
+    let mut found = prompts(&pictures);
+    found.sort();
+    let mut expected = PROMPTS.map(str::to_owned).to_vec();
+    expected.sort();
+    assert_eq!(found, expected);
+    fs::remove_dir_all(&pictures).unwrap();
+    ends_with(0, &shell(folder.path(), &recipe("sh", 1)));
+    assert_eq!(prompts(&pictures), PROMPTS);
+}
+
+#[cfg(unix)]
+#[test]
+fn the_recipe_with_make_makes_what_has_changed_and_nothing_else() {
+    if Command::new("make").arg("--version").output().is_err() {
+        println!("there is no make: not tested");
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::write(at("Makefile"), recipe("make", 0)).unwrap();
+    fs::create_dir(at("prompts")).unwrap();
+    fs::write(at("prompts/cat.txt"), "a cat\n").unwrap();
+    fs::write(at("prompts/fox.txt"), PROMPTS[1]).unwrap();
+    ends_with(0, &shell(folder.path(), "make -j2"));
+    assert_eq!(prompts(&at("pictures")), ["a cat", PROMPTS[1]]);
+    let modified = |name: &str| fs::metadata(at(name)).unwrap().modified().unwrap();
+    let (cat, fox) = (modified("pictures/cat.png"), modified("pictures/fox.png"));
+    // Later than the picture, whatever the clock of the file system can tell apart.
+    fs::write(at("prompts/fox.txt"), "a fox").unwrap();
+    let file = fs::File::options().write(true).open(at("prompts/fox.txt")).unwrap();
+    file.set_modified(fox + std::time::Duration::from_millis(1)).unwrap();
+    ends_with(0, &shell(folder.path(), "make"));
+    assert_eq!(prompts(&at("pictures")), ["a cat", "a fox"]);
+    assert_eq!(modified("pictures/cat.png"), cat);
 }
