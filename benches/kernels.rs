@@ -8,7 +8,7 @@ use candle_core::{D, DType, Device as CandleDevice, Tensor as Candle};
 use criterion::{Criterion, criterion_group, criterion_main};
 use tiny_sd::Result;
 use tiny_sd::backend::cpu::{Device, Storage};
-use tiny_sd::backend::{Activation, Attention, Conv2d, GroupNorm, HostTensor, Role};
+use tiny_sd::backend::{Activation, Attention, Conv2d, GroupNorm, HostTensor, Role, Size2d};
 use tiny_sd::tensor::Tensor;
 
 type Cpu = Tensor<Storage>;
@@ -58,19 +58,16 @@ fn conv2d(criterion: &mut Criterion, device: &Device) -> Result<()> {
     let shapes = [
         // batch, channels, out, side, kernel, stride
         [2, 320, 320, 64, 3, 1],
-        [2, 640, 640, 32, 3, 1],
-        [2, 1280, 1280, 16, 3, 1],
         [2, 960, 320, 64, 1, 1],
         [2, 320, 320, 64, 3, 2],
         [1, 4, 320, 64, 3, 1],
         [1, 512, 512, 64, 3, 1],
-        [1, 128, 128, 512, 3, 1],
         [1, 128, 3, 512, 3, 1],
     ];
     for [batch, channels, out, side, kernel, stride] in shapes {
         let (x, candle) = pair(&[batch, channels, side, side], device)?;
         let (weight, candle_weight) = pair(&[out, channels, kernel, kernel], device)?;
-        let (x, weight) = (image(&x)?, weight.prepare(Role::Conv2d { stride: 1 })?);
+        let (x, weight) = (image(&x)?, weight.prepare(Role::Conv2d { stride })?);
         let op = Conv2d { stride, padding: kernel / 2, upsample: None };
         let name = format!("conv2d {batch}x{channels}x{side}x{side} to {out} by {kernel}/{stride}");
         side_by_side(
@@ -80,17 +77,52 @@ fn conv2d(criterion: &mut Criterion, device: &Device) -> Result<()> {
             || candle.conv2d(&candle_weight, kernel / 2, stride, 1, 1),
         );
     }
-    let (x, candle) = pair(&[1, 256, 128, 128], device)?;
-    let (weight, candle_weight) = pair(&[256, 256, 3, 3], device)?;
-    let (x, weight) = (image(&x)?, weight.prepare(Role::Conv2d { stride: 1 })?);
-    let upsample = Some(tiny_sd::backend::Size2d { height: 256, width: 256 });
-    let op = Conv2d { stride: 1, padding: 1, upsample };
-    side_by_side(
-        criterion,
-        "conv2d 1x256x128x128 enlarged to 256x256",
-        || x.conv2d(&weight, None, op),
-        || candle.upsample_nearest2d(256, 256)?.conv2d(&candle_weight, 1, 1, 1, 1),
-    );
+    Ok(())
+}
+
+/// The convolutions of UNet and VAE that move by one, by Winograd's method and directly
+/// (`--low-memory`); an enlarged image counts with the size that it is enlarged to.
+fn conv2d_forms(criterion: &mut Criterion, device: &Device) -> Result<()> {
+    let direct = device.clone().with_low_memory(true);
+    let shapes = [
+        // batch, channels, out, side, enlarged
+        [2, 320, 320, 64, 1],
+        [2, 960, 320, 64, 1],
+        [2, 640, 640, 32, 1],
+        [2, 1920, 640, 32, 1],
+        [2, 1280, 1280, 16, 1],
+        [2, 2560, 1280, 16, 1],
+        [2, 1280, 1280, 16, 2],
+        [2, 640, 640, 32, 2],
+        [1, 512, 512, 64, 1],
+        [1, 512, 512, 64, 2],
+        [1, 512, 512, 128, 2],
+        [1, 256, 256, 256, 1],
+        [1, 256, 256, 256, 2],
+        [1, 128, 128, 512, 1],
+    ];
+    for [batch, channels, out, side, enlarged] in shapes {
+        let made = side * enlarged;
+        let (x, _) = pair(&[batch, channels, side, side], device)?;
+        let (x, role) = (image(&x)?, Role::Conv2d { stride: 1 });
+        let weight = pair(&[out, channels, 3, 3], device)?.0.prepare(role)?;
+        let plain = pair(&[out, channels, 3, 3], &direct)?.0.prepare(role)?;
+        let upsample = (enlarged > 1).then_some(Size2d { height: made, width: made });
+        let op = Conv2d { upsample, ..Conv2d::same(3) };
+        let mut group =
+            criterion.benchmark_group(format!("conv2d {batch}x{channels}x{made}x{made} to {out}"));
+        group.sample_size(10).warm_up_time(Duration::from_millis(300));
+        group.measurement_time(Duration::from_millis(1000));
+        // What the direct kernel multiplies and adds, whatever the form.
+        let flops = 2 * batch * channels * out * 9 * made * made;
+        group.throughput(criterion::Throughput::Elements(flops as u64));
+        for (name, weight) in [("winograd", &weight), ("direct", &plain)] {
+            group.bench_function(name, |bencher| {
+                bencher.iter(|| black_box(x.conv2d(weight, None, op)).is_ok());
+            });
+        }
+        group.finish();
+    }
     Ok(())
 }
 
@@ -251,6 +283,7 @@ fn all(criterion: &mut Criterion) {
     let run = |criterion: &mut Criterion| -> Result<()> {
         let device = Device::with_threads(0)?;
         conv2d(criterion, &device)?;
+        conv2d_forms(criterion, &device)?;
         attention(criterion, &device)?;
         norms(criterion, &device)?;
         linear(criterion, &device)?;
