@@ -280,39 +280,56 @@ impl<'a> Work<'a> {
         // How far the next tile's pixels are, if it is beside this one.
         let pixels = if self.doubled { MADE / 2 } else { MADE };
         let next = image.strides[2].wrapping_mul(pixels);
-        let mut widened = [[0f32; WIDENED]; SEEN * SEEN];
         for (chunk, first) in (0..channels).step_by(self.chunk).enumerate() {
             let count = self.chunk.min(channels - first);
-            let in_place = X::as_f32(image.values).filter(|_| count.is_multiple_of(LANES));
-            let step = if in_place.is_some() { count } else { WIDENED };
-            for from in (0..count).step_by(step) {
-                let len = step.min(count - from);
-                let filled = len.next_multiple_of(LANES);
-                let place = |start: usize| start + first + from..start + first + from + len;
-                if in_place.is_none() {
-                    for (wide, start) in widened.iter_mut().zip(starts) {
-                        wide[..filled].fill(0.0);
-                        if let Some(start) = *start {
-                            X::widen(&image.values[place(start)], &mut wide[..len]);
-                            let ahead = image.values.as_ptr().wrapping_add(place(start).start);
-                            prefetch::<false, X>(ahead.wrapping_add(next));
-                        }
-                    }
+            let row = self.row(chunk, at);
+            match X::as_f32(image.values).filter(|_| count.is_multiple_of(LANES)) {
+                Some(values) => {
+                    let pixels: [&[f32]; SEEN * SEEN] = from_fn(|i| match starts.get(i) {
+                        Some(&Some(start)) => &values[start + first..][..count],
+                        Some(None) | None => &ZEROS[..count],
+                    });
+                    self.transform_pixels(&pixels[..starts.len()], next, row, v);
                 }
-                let pixels: [&[f32]; SEEN * SEEN] = from_fn(|i| match (in_place, starts.get(i)) {
-                    (Some(values), Some(&Some(start))) => &values[place(start)],
-                    (Some(_), _) => &ZEROS[..len],
-                    (None, _) => &widened[i][..filled],
-                });
-                let row = self.row(chunk, at) + from;
-                let next = if in_place.is_some() { next } else { 0 };
-                // SAFETY: only this call writes the rows of this tile, and nobody reads them yet.
-                let mut target = unsafe { Target::new(v, row, self.plane(), filled) };
-                match self.doubled {
-                    true => transform::input_doubled(&pixels, next, &mut target),
-                    false => transform::input(&pixels, next, &mut target),
+                None => self.transform_widened(image, starts, first..first + count, next, row, v),
+            }
+        }
+    }
+
+    /// Makes V of some channels of a tile that must be converted, or are not whole vectors.
+    fn transform_widened<X: Element>(
+        &self,
+        image: &Image<'_, X>,
+        starts: &[Option<usize>],
+        channels: Range<usize>,
+        next: usize,
+        row: usize,
+        v: &Shared<'_, f32>,
+    ) {
+        let mut widened = [[0f32; WIDENED]; SEEN * SEEN];
+        for from in channels.clone().step_by(WIDENED) {
+            let len = WIDENED.min(channels.end - from);
+            let filled = len.next_multiple_of(LANES);
+            for (wide, start) in widened.iter_mut().zip(starts) {
+                wide[..filled].fill(0.0);
+                if let Some(start) = *start {
+                    let pixel = &image.values[start + from..][..len];
+                    X::widen(pixel, &mut wide[..len]);
+                    prefetch::<false, X>(pixel.as_ptr().wrapping_add(next));
                 }
             }
+            let pixels: [&[f32]; SEEN * SEEN] = from_fn(|i| &widened[i][..filled]);
+            self.transform_pixels(&pixels[..starts.len()], 0, row + from - channels.start, v);
+        }
+    }
+
+    /// Makes V of some channels of a tile, from `row` on.
+    fn transform_pixels(&self, pixels: &[&[f32]], next: usize, row: usize, v: &Shared<'_, f32>) {
+        // SAFETY: only one task writes the rows of a tile, each once, and nobody reads them yet.
+        let mut target = unsafe { Target::new(v, row, self.plane(), pixels[0].len()) };
+        match self.doubled {
+            true => transform::input_doubled(pixels, next, &mut target),
+            false => transform::input(pixels, next, &mut target),
         }
     }
 

@@ -148,13 +148,14 @@ impl Side<5, MADE> for OutputDoubled {
     }
 }
 
-/// Both sides of a transform of squares `FROM` × `FROM` to `TO` × `TO`.
+/// Both sides of a transform of squares `FROM` × `FROM` to `TO` × `TO`. `half`, with anything in
+/// it, is the caller's, because to fill it each time would take as long as the transform.
 #[inline(always)]
 fn both_sides<S: Side<FROM, TO>, const FROM: usize, const TO: usize>(
+    half: &mut [[Lanes; FROM]; TO],
     read: impl Fn(usize, usize) -> Lanes,
     mut write: impl FnMut(usize, usize, &Lanes),
 ) {
-    let mut half = [[[0.0; LANES]; FROM]; TO];
     for x in 0..FROM {
         let mut column = [[0.0; LANES]; FROM];
         for (y, lanes) in column.iter_mut().enumerate() {
@@ -203,8 +204,10 @@ for_each_isa! {
     /// V of one tile, of channels that are whole [`LANES`]; `pixels` in rows of [`SEEN`]. The next
     /// tile's are likely `next` elements further.
     pub fn input(pixels: &[&[f32]], next: usize, target: &mut Target<'_>) {
+        let mut half = [[[0.0; LANES]; SEEN]; SEEN];
         for channel in (0..pixels[0].len()).step_by(LANES) {
             both_sides::<Input, SEEN, SEEN>(
+                &mut half,
                 |y, x| load_and_prefetch(pixels[y * SEEN + x], channel, next),
                 |i, j, lanes| target.write(i * SEEN + j, channel, lanes),
             );
@@ -216,8 +219,10 @@ for_each_isa! {
     /// V of one tile of an image with doubled pixels, without the places that vanish, from the
     /// pixels of the small one in rows of [`SEEN_DOUBLED`].
     pub fn input_doubled(pixels: &[&[f32]], next: usize, target: &mut Target<'_>) {
+        let mut half = [[[0.0; LANES]; SEEN_DOUBLED]; 5];
         for channel in (0..pixels[0].len()).step_by(LANES) {
             both_sides::<InputDoubled, SEEN_DOUBLED, 5>(
+                &mut half,
                 |y, x| load_and_prefetch(pixels[y * SEEN_DOUBLED + x], channel, next),
                 |i, j, lanes| target.write(i * 5 + j, channel, lanes),
             );
@@ -232,9 +237,11 @@ for_each_isa! {
     /// The results of one tile: `planes[place · plane + column]` is U · V, `bias` as wide as the
     /// panel. The next tile's is likely `next` elements further.
     pub fn output(planes: &[f32], plane: usize, next: usize, bias: &[f32], made: &mut Made) {
+        let mut half = [[[0.0; LANES]; SEEN]; MADE];
         for column in (0..bias.len()).step_by(LANES) {
             let bias = load(bias, column);
             both_sides::<Output, SEEN, MADE>(
+                &mut half,
                 |y, x| load_and_prefetch(planes, (y * SEEN + x) * plane + column, next),
                 |i, j, lanes| {
                     made[i * MADE + j][column..column + LANES].copy_from_slice(&add(*lanes, bias));
@@ -253,9 +260,11 @@ for_each_isa! {
         bias: &[f32],
         made: &mut Made,
     ) {
+        let mut half = [[[0.0; LANES]; 5]; MADE];
         for column in (0..bias.len()).step_by(LANES) {
             let bias = load(bias, column);
             both_sides::<OutputDoubled, 5, MADE>(
+                &mut half,
                 |y, x| load_and_prefetch(planes, (y * 5 + x) * plane + column, next),
                 |i, j, lanes| {
                     made[i * MADE + j][column..column + LANES].copy_from_slice(&add(*lanes, bias));
