@@ -154,6 +154,39 @@ fn a_prepared_weight_gives_the_bits_of_a_plain_one() -> Result<()> {
 }
 
 #[test]
+fn a_weight_in_half_the_memory_gives_the_same_bits() -> Result<()> {
+    use tiny_sd::backend::{Backend, View};
+    let spacious = Device::with_threads(2)?;
+    let small = Device::with_threads(2)?.with_low_memory(true);
+    for stored in [DType::F16, DType::BF16, DType::F32] {
+        // As it is loaded: what the file says, in the dtype of the computation.
+        let weight = |device: &Device| -> Result<Cpu> {
+            let weight: Cpu = tensor(&mut Random(1), &[70, 40], Lie::Offset, stored, device)?;
+            weight.to_dtype(DType::F32)
+        };
+        let apply = |device: &Device| -> Result<Vec<f32>> {
+            let x: Cpu = tensor(&mut Random(2), &[9, 40], Lie::Contiguous, DType::F32, device)?;
+            values(&x.linear(
+                &weight(device)?.prepare(Role::Linear)?,
+                None,
+                Activation::Identity,
+            )?)
+        };
+        assert_eq!(apply(&spacious)?, apply(&small)?, "{stored:?}");
+        let held = |device: &Device| -> Result<u64> {
+            let weight = weight(device)?;
+            let view = View { storage: &**weight.storage(), layout: weight.layout() };
+            let prepared = Storage::fused(&Fused::Prepare(Role::Linear), &[view])?;
+            Ok(prepared.held_bytes().unwrap_or(0))
+        };
+        let (whole, less) = (held(&spacious)?, held(&small)?);
+        // What is in neither half stays as it is.
+        assert_eq!(if stored == DType::F32 { less } else { 2 * less }, whole, "{stored:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn the_number_of_threads_changes_no_bit() -> Result<()> {
     let devices: Vec<_> = (1..4).map(Device::with_threads).collect::<Result<_>>()?;
     for ((op, shapes), dtype) in cases_of(&[DType::F32, DType::BF16]) {

@@ -139,6 +139,10 @@ pub(super) struct ModelArgs {
     /// Threads of the CPU [default: one per physical core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+
+    /// Keep weights on this CPU small: about half the memory, slower convolutions
+    #[arg(long)]
+    pub low_memory: bool,
 }
 
 /// What is told on the way.
@@ -213,6 +217,7 @@ Examples:
   tiny-sd \"a fox\" -W 768 -H 512                  --width, --height
   tiny-sd \"a fox\" --scheduler euler-a
   tiny-sd \"a fox\" --dtype f32 --device cpu --threads 8
+  tiny-sd \"a fox\" --low-memory                  half the memory, slower convolutions
   tiny-sd \"a fox\" -s 7 --count 4 -o fox.png      fox-1.png … fox-4.png with seeds 7 to 10
   tiny-sd \"a fox\" --count 8 --batch-size 4       four at a time through the UNet
   tiny-sd \"a fox\" -o fox.png --preview 5          fox-preview.png while it is being made

@@ -122,9 +122,8 @@ pub fn compare(compare: &CompareJob) -> Result<ExitCode> {
     job.notes.iter().for_each(|note| display.report(Event::Warning(note)));
     let (folder, variant) = painter::model(&Wanted::of(job), &display)?;
     let devices = [whole("--device", &job.device)?, whole("--against", against)?];
-    let threads = job.threads.map_or(0, usize::from);
-    let first = Places::open(&devices[0], threads, false, &display)?;
-    let second = Places::open(&devices[1], threads, first.hold_a_worker(), &display)?;
+    let first = Places::open(&devices[0], job.cpu(), false, &display)?;
+    let second = Places::open(&devices[1], job.cpu(), first.hold_a_worker(), &display)?;
     let watch = Watch { display: &display, stage: Mutex::new(Stage::Loading) };
     let run = Run { job, devices: &devices, folder, variant, watch };
     let ([a, _, _], [b, _, _]) = (first.stages.clone(), second.stages.clone());

@@ -19,6 +19,7 @@ use super::surroundings::Surroundings;
 use super::values::{BatchSize, Count, DtypeChoice, GuidanceScale, SizeRequest, Steps, Verbosity};
 use super::verify::{self, VerifyJob};
 use super::worker::{self, WorkerJob};
+use crate::backend::cpu;
 use crate::error::{Error, Result};
 use crate::schedule::SchedulerKind;
 
@@ -56,6 +57,8 @@ pub struct Job {
     pub device: DevicePlan,
     /// Threads of the CPU; `None` is one per physical core.
     pub threads: Option<u16>,
+    /// Whether the CPU keeps weights small where speed would take more memory.
+    pub low_memory: bool,
     /// Number of pictures.
     pub count: Count,
     /// How many of them go through the UNet together.
@@ -170,6 +173,12 @@ pub(super) struct Choice {
 }
 
 impl Job {
+    /// How this machine's processor is used.
+    pub(super) fn cpu(&self) -> cpu::Settings {
+        let threads = self.threads.map_or(0, usize::from);
+        cpu::Settings { threads, low_memory: self.low_memory }
+    }
+
     /// A job of flags; a prompt that is not among them is empty.
     ///
     /// # Errors
@@ -211,6 +220,7 @@ impl Job {
             dtype: model.dtype,
             device,
             threads: model.threads,
+            low_memory: model.low_memory,
             count: picture.count,
             batch_size: run.batch_size,
             output,
@@ -332,6 +342,7 @@ pub(super) mod tests {
             dtype: DtypeChoice::Auto,
             device: DevicePlan::whole(DeviceSpec::Auto),
             threads: None,
+            low_memory: false,
             count: "1".parse().unwrap(),
             batch_size: BatchSize::Auto,
             output: OutputPlan::Fresh("tiny-sd-{seed}.png".into()),
@@ -347,7 +358,7 @@ pub(super) mod tests {
     fn each_flag_changes_what_it_names_and_nothing_else() {
         type Change = fn(&mut Job);
         let base = job_of("x");
-        let rows: [(&str, Change); 25] = [
+        let rows: [(&str, Change); 26] = [
             ("x|-n|", |job| job.negative_prompt = String::new()),
             ("--prompt|-- a --flag", |job| job.prompt = "-- a --flag".into()),
             ("--prompt|", |job| job.prompt = String::new()),
@@ -376,6 +387,7 @@ pub(super) mod tests {
             }),
             ("x|--batch-size|4", |job| job.batch_size = BatchSize::Fixed(4)),
             ("x|--threads|3", |job| job.threads = Some(3)),
+            ("x|--low-memory", |job| job.low_memory = true),
             ("x|-q", |job| job.verbosity = Verbosity::Quiet),
             ("x|--verbose", |job| job.verbosity = Verbosity::Verbose),
         ];

@@ -26,9 +26,8 @@ use crate::weights::{Component, ModelFolder, Variant, choose, config_files, json
 /// If the model cannot be had or is not covered, or the device is not there.
 pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
     let (folder, variant) = model(&Wanted::of(job), progress)?;
-    let threads = job.threads.map_or(0, usize::from);
     let plan = job.device.resolve()?;
-    let places = Places::open(&plan, threads, false, progress)?;
+    let places = Places::open(&plan, job.cpu(), false, progress)?;
     let [text, unet, vae] = places.stages.clone();
     let watch = places.watch(progress, job.stats);
     watch.begin(Some("load"));

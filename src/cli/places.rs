@@ -58,14 +58,13 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// Opens the devices of a plan that is resolved; `threads` are the processor's, 0 for one for
-    /// each core. A run that `holds_another` worker's session already does not wait for one here.
+    /// Opens the devices of a plan that is resolved; `settings` are the processor's. A run that `holds_another` worker's session already does not wait for one here.
     ///
     /// # Errors
     /// If a device is not there.
     pub fn open<'a>(
         plan: &'a DevicePlan,
-        threads: usize,
+        settings: cpu::Settings,
         holds_another: bool,
         progress: &dyn Progress,
     ) -> Result<Self> {
@@ -79,12 +78,12 @@ impl Places {
                 DeviceSpec::Remote(url) => {
                     Some(Link::open(url, holds_another || !links.is_empty(), progress)?)
                 }
-                DeviceSpec::Mock => Some(Link::mock(threads, progress)?),
+                DeviceSpec::Mock => Some(Link::mock(settings, progress)?),
                 DeviceSpec::Auto | DeviceSpec::Cpu => None,
             };
             let place = match &link {
                 Some(link) => Place::Remote(link.device()),
-                None => Place::Cpu(cpu::Device::with_threads(threads)?),
+                None => Place::Cpu(cpu::Device::open(settings)?),
             };
             links.extend(link);
             opened.push((spec, place.clone()));

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use super::worker::start_mock;
+use crate::backend::cpu;
 use crate::error::{Error, Result};
 use crate::progress::{Event, Progress};
 use crate::remote::client::{Session, Stage};
@@ -41,9 +42,9 @@ impl Link {
     ///
     /// # Errors
     /// If the loopback network cannot be used.
-    pub fn mock(threads: usize, progress: &dyn Progress) -> Result<Self> {
+    pub fn mock(settings: cpu::Settings, progress: &dyn Progress) -> Result<Self> {
         let identity = Identity::generate()?;
-        let server = start_mock(threads, &identity)?;
+        let server = start_mock(settings, &identity)?;
         let urls = pairing_urls(server.local_addr(), &identity);
         let url = urls.first().ok_or_else(|| Error::other("the worker has no address"))?;
         Self::with(url, Some(server), false, progress)

@@ -44,6 +44,10 @@ pub struct WorkerJob {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
 
+    /// Keep weights small: about half the memory, slower convolutions
+    #[arg(long)]
+    pub low_memory: bool,
+
     /// Clients at a time; others wait for their turn
     #[arg(long, value_name = "N", default_value = "4")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
@@ -194,8 +198,9 @@ fn start(job: &WorkerJob, identity: &Identity) -> Result<Server> {
         None => open_library(default_cache()?, job)?,
     };
     let threads = job.threads.map_or(0, usize::from);
+    let settings = cpu::Settings { threads, low_memory: job.low_memory };
     let device = match job.device {
-        WorkerDevice::Cpu => cpu::Device::with_threads(threads)?,
+        WorkerDevice::Cpu => cpu::Device::open(settings)?,
     };
     let limits = SessionLimits { memory_bytes: job.session_memory.0, buffers: MAX_BUFFERS };
     let worker = Worker::<cpu::Storage>::new(device, limits, job.weights_memory.0);
@@ -212,9 +217,9 @@ fn start(job: &WorkerJob, identity: &Identity) -> Result<Server> {
 ///
 /// # Errors
 /// If it cannot listen.
-pub(super) fn start_mock(threads: usize, identity: &Identity) -> Result<Server> {
+pub(super) fn start_mock(settings: cpu::Settings, identity: &Identity) -> Result<Server> {
     let limits = SessionLimits { memory_bytes: u64::MAX, buffers: MAX_BUFFERS };
-    let device = cpu::Device::with_threads(threads)?;
+    let device = cpu::Device::open(settings)?;
     let worker = Worker::<cpu::Storage>::new(device, limits, u64::MAX);
     let library = DiskLibrary::in_memory(disk_library::Limits::new(64 << 30));
     let here = SocketAddr::from(([127, 0, 0, 1], 0));

@@ -54,7 +54,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         let unet = UNetConfig::parse(&folder.config(Component::Unet)?)?;
         let vae = VaeConfig::parse(&folder.config(Component::Vae)?)?;
         check_fit(&tokenizer, &text, &unet, &vae)?;
-        let loading = Loading::new(folder, options, progress)?;
+        let mut loading = Loading::new(folder, options, progress)?;
         loading.announce(&devices)?;
         let load_text = |loader: Loader<'_, T>| TextEncoder::load(text, loader);
         Ok(Self {
@@ -115,8 +115,8 @@ fn check_fit(
 
 /// Where weights come from.
 struct Loading<'a> {
-    /// In the order of use.
-    checkpoints: [(Component, Checkpoint); 3],
+    /// Those that are not loaded yet, in the order of use.
+    checkpoints: Vec<(Component, Checkpoint)>,
     dtype: DType,
     progress: &'a dyn Progress,
 }
@@ -131,7 +131,7 @@ impl<'a> Loading<'a> {
             Ok((component, folder.checkpoint(component, options.variant.as_ref())?))
         };
         let [text, unet, vae] = Component::ALL.map(open);
-        Ok(Self { checkpoints: [text?, unet?, vae?], dtype: options.dtype, progress })
+        Ok(Self { checkpoints: vec![text?, unet?, vae?], dtype: options.dtype, progress })
     }
 
     /// Names all weights of a device at once, so that a remote one asks once for all of them.
@@ -166,16 +166,17 @@ impl<'a> Loading<'a> {
         })
     }
 
+    /// Loads a component, and lets go of its file: what was read of that is memory, too.
     fn component<B: Backend, M>(
-        &self,
+        &mut self,
         component: Component,
         device: &B::Device,
         load: impl FnOnce(Loader<'_, B>) -> Result<M>,
     ) -> Result<M> {
         let name = component.folder();
-        let found = self.checkpoints.iter().find(|(of, _)| *of == component);
-        let (_, checkpoint) =
-            found.ok_or_else(|| Error::other(format!("{name} was not opened")))?;
+        let place = self.checkpoints.iter().position(|(of, _)| *of == component);
+        let place = place.ok_or_else(|| Error::other(format!("{name} was not opened")))?;
+        let (_, checkpoint) = self.checkpoints.remove(place);
         let total = checkpoint.iter().map(|(_, tensor)| tensor.byte_len()).sum();
         let mut done = 0;
         let mut loaded = |bytes: u64| {
@@ -184,7 +185,7 @@ impl<'a> Loading<'a> {
             self.progress.check()
         };
         loaded(0)?;
-        load(Loader::new(checkpoint, device, self.dtype, &mut loaded))
+        load(Loader::new(&checkpoint, device, self.dtype, &mut loaded))
             .map_err(|error| error.context(name))
     }
 }

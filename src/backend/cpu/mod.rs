@@ -25,7 +25,24 @@ pub struct Device {
     low_memory: bool,
 }
 
+/// How the processor is used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// Threads of the kernels; 0 means one for each physical core.
+    pub threads: usize,
+    /// Whether weights are kept small where speed would take more memory.
+    pub low_memory: bool,
+}
+
 impl Device {
+    /// A device that is used as `settings` say.
+    ///
+    /// # Errors
+    /// As [`with_threads`](Self::with_threads).
+    pub fn open(settings: Settings) -> Result<Self> {
+        Ok(Self::with_threads(settings.threads)?.with_low_memory(settings.low_memory))
+    }
+
     /// A device whose kernels run on `threads` threads; 0 means one for each physical core.
     ///
     /// # Errors

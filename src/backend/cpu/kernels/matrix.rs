@@ -6,9 +6,11 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 use super::element::{As, Element};
+use super::halves::Halves;
 use super::memory::{Shared, zeroed};
 use super::micro::{self, DEPTH, HALF, ROW, Unit, WIDTH};
 use super::simd::Isa;
+use super::spare;
 use crate::error::{Error, Result};
 
 /// Rows of a tile: whole groups of each micro-kernel; with [`DEPTH`] they fit into the L2 cache.
@@ -31,6 +33,50 @@ pub struct Panels<U = f32> {
 impl<U> std::fmt::Debug for Panels<U> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Panels({} x {})", self.k, self.n)
+    }
+}
+
+/// A matrix of f32 in panels in half the memory.
+pub struct HalvedPanels {
+    k: usize,
+    n: usize,
+    values: Halves,
+}
+
+impl std::fmt::Debug for HalvedPanels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HalvedPanels({} x {})", self.k, self.n)
+    }
+}
+
+impl HalvedPanels {
+    /// The panels, which want to be [given back](Panels::give).
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn widen(&self) -> Result<Panels> {
+        Ok(Panels { k: self.k, depth: self.k, n: self.n, units: self.values.widen()? })
+    }
+
+    /// Bytes of memory.
+    pub fn held_bytes(&self) -> u64 {
+        self.values.held_bytes()
+    }
+}
+
+impl Panels {
+    /// The same in half the memory, if no bit is lost by it.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn halved(&self) -> Result<Option<HalvedPanels>> {
+        let halves = Halves::of(&self.units)?;
+        Ok(halves.map(|values| HalvedPanels { k: self.k, n: self.n, values }))
+    }
+
+    /// Gives their buffer to the next result.
+    pub fn give(&mut self) {
+        spare::keep(std::mem::take(&mut self.units));
     }
 }
 

@@ -15,6 +15,7 @@ mod choice;
 mod conv2d;
 mod element;
 mod flash;
+mod halves;
 mod linear;
 mod matrix;
 mod memory;

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, DType, Layout};
 
 use super::super::Storage;
 use super::element::Element;
-use super::matrix::{Panels, Source};
+use super::matrix::{HalvedPanels, Panels, Source};
 use super::memory::{check, unsupported};
 use super::pair::Pair;
 use super::simd::Isa;
@@ -20,10 +20,18 @@ pub struct Packed {
     role: Role,
     dtype: DType,
     dims: Vec<usize>,
-    form: Form,
+    kept: Kept,
 }
 
-/// How a weight is kept.
+/// What is in memory.
+#[derive(Debug)]
+enum Kept {
+    Whole(Form),
+    /// Where memory is short: made whole for each op.
+    Halved(HalvedPanels),
+}
+
+/// How a kernel reads a weight.
 #[derive(Debug)]
 pub enum Form {
     /// In f32, whatever dtype it stands for.
@@ -43,10 +51,11 @@ impl Packed {
 
     /// Bytes of memory.
     pub fn held_bytes(&self) -> u64 {
-        match &self.form {
-            Form::Panels(panels) => panels.held_bytes(),
-            Form::Pairs(panels) => panels.held_bytes(),
-            Form::Transformed(kernel) => kernel.held_bytes(),
+        match &self.kept {
+            Kept::Whole(Form::Panels(panels)) => panels.held_bytes(),
+            Kept::Whole(Form::Pairs(panels)) => panels.held_bytes(),
+            Kept::Whole(Form::Transformed(kernel)) => kernel.held_bytes(),
+            Kept::Halved(panels) => panels.held_bytes(),
         }
     }
 }
@@ -56,6 +65,27 @@ impl Packed {
 /// # Errors
 /// If it is not a weight of that role, or the memory cannot be had.
 pub fn prepare(role: Role, weight: View<'_, Storage>) -> Result<Packed> {
+    let form = form(role, weight)?;
+    let kept = match weight.storage.device().is_low_memory() {
+        true => small(form)?,
+        false => Kept::Whole(form),
+    };
+    let (dtype, dims) = (weight.storage.dtype(), weight.layout.dims().to_vec());
+    Ok(Packed { role, dtype, dims, kept })
+}
+
+/// The smallest that gives the same bits.
+fn small(mut form: Form) -> Result<Kept> {
+    if let Form::Panels(panels) = &mut form
+        && let Some(halved) = panels.halved()?
+    {
+        panels.give();
+        return Ok(Kept::Halved(halved));
+    }
+    Ok(Kept::Whole(form))
+}
+
+fn form(role: Role, weight: View<'_, Storage>) -> Result<Form> {
     check(weight)?;
     let (dims, spacious) = (weight.layout.dims(), !weight.storage.device().is_low_memory());
     let transform = match role {
@@ -64,7 +94,7 @@ pub fn prepare(role: Role, weight: View<'_, Storage>) -> Result<Packed> {
     };
     let multiplies_bf16 = !transform && Isa::detect().multiplies_bf16();
     let elements = weight.storage.elements()?;
-    let form = with_source(role, weight.layout, |source| match elements {
+    with_source(role, weight.layout, |source| match elements {
         CpuStorage::F32(values) => in_f32(values, source, transform),
         CpuStorage::F16(values) => in_f32(values, source, transform),
         CpuStorage::BF16(values) if multiplies_bf16 => {
@@ -72,8 +102,7 @@ pub fn prepare(role: Role, weight: View<'_, Storage>) -> Result<Packed> {
         }
         CpuStorage::BF16(values) => in_f32(values, source, transform),
         other => Err(unsupported(other.dtype())),
-    })?;
-    Ok(Packed { role, dtype: weight.storage.dtype(), dims: dims.to_vec(), form })
+    })
 }
 
 fn in_f32<T: Element>(values: &[T], source: &Source<'_>, transform: bool) -> Result<Form> {
@@ -118,17 +147,26 @@ fn with_source(
 /// A weight operand in its form.
 pub enum Held<'a> {
     /// Prepared before.
-    Ready(&'a Packed),
-    /// Packed for this one call.
-    Fresh(Packed),
+    Ready(&'a Form),
+    /// Packed, or made whole, for this one call.
+    Fresh(Form),
 }
 
 impl Held<'_> {
-    /// How it is kept.
+    /// How it is read.
     pub fn form(&self) -> &Form {
         match self {
-            Held::Ready(packed) => &packed.form,
-            Held::Fresh(packed) => &packed.form,
+            Held::Ready(form) => form,
+            Held::Fresh(form) => form,
+        }
+    }
+}
+
+/// The buffer of a weight that was made for one call serves the next.
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if let Held::Fresh(Form::Panels(panels)) = self {
+            panels.give();
         }
     }
 }
@@ -139,7 +177,7 @@ impl Held<'_> {
 /// If it was prepared for another role, or is viewed as anything but a whole weight.
 pub fn held<'a>(weight: View<'a, Storage>, role: Role) -> Result<Held<'a>> {
     let Some(packed) = weight.storage.packed() else {
-        return Ok(Held::Fresh(prepare(role, weight)?));
+        return Ok(Held::Fresh(form(role, weight)?));
     };
     let layout = weight.layout;
     let whole = layout.is_contiguous() && layout.start_offset() == 0;
@@ -151,5 +189,8 @@ pub fn held<'a>(weight: View<'a, Storage>, role: Role) -> Result<Held<'a>> {
             layout.dims()
         )));
     }
-    Ok(Held::Ready(packed))
+    match &packed.kept {
+        Kept::Whole(form) => Ok(Held::Ready(form)),
+        Kept::Halved(panels) => panels.widen().map(Form::Panels).map(Held::Fresh),
+    }
 }
