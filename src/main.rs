@@ -12,6 +12,7 @@ fn main() -> ExitCode {
             Request::Compare(job) => return cli::compare(&job),
             Request::Tell(job) => cli::tell(&job)?,
             Request::Verify(job) => return cli::verify(&job, &mut cli::open),
+            Request::Batch(job) => return cli::batch(&job),
             Request::Paint(job) => cli::run(&job, &mut cli::open)?,
         }
         Ok(ExitCode::SUCCESS)

@@ -23,7 +23,7 @@ use crate::schedule::{Combination, Plan, Scheduler, SchedulerConfig, SchedulerKi
 use crate::tensor::{Tensor, program};
 use crate::tokenizer::Tokenizer;
 
-pub use loading::{LoadOptions, default_size};
+pub use loading::{LoadOptions, Outline, default_size};
 use preview::Preview;
 use prompts::Embeddings;
 
@@ -125,6 +125,19 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
     /// As [`paint`](Self::paint), or if a picture does not [go with](PictureRequest::goes_with) the
     /// first one.
     pub fn paint_together(
+        &self,
+        requests: &[PictureRequest<'_>],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Picture>> {
+        let pictures = self.paint_once(requests, progress);
+        if pictures.is_err() {
+            // What a device could not make would be the next picture's error too.
+            self.embeddings.forget();
+        }
+        pictures
+    }
+
+    fn paint_once(
         &self,
         requests: &[PictureRequest<'_>],
         progress: &dyn Progress,

@@ -39,7 +39,9 @@ fn errors_are_one_line_on_stderr_with_the_documented_exit_code() {
 
 #[test]
 fn help_and_version_go_to_stdout_and_succeed() {
-    for words in ["--help", "-h", "help", "--version", "x|-V", "compare|-h", "worker|--help"] {
+    for words in
+        ["--help", "-h", "help", "--version", "x|-V", "compare|-h", "worker|--help", "batch|-h"]
+    {
         let output = tiny_sd(words);
         assert_eq!(output.status.code(), Some(0), "{words}");
         assert!(output.stderr.is_empty(), "{words}");
@@ -50,7 +52,15 @@ fn help_and_version_go_to_stdout_and_succeed() {
     for part in ["--against <DEVICE>", "--steps <N>", "Exit codes:\n  0    no op differs\n  1 "] {
         assert!(text(&compare).contains(part), "{part:?} in {}", text(&compare));
     }
-    for flag in ["--output", "--count", "--preview"] {
+    let batch = tiny_sd("batch|--help").stdout;
+    for code in ["0 ", "1 ", "2 ", "3 ", "4 ", "5    some", "6    no picture", "130 "] {
+        let (_, codes) = text(&batch).split_once("Exit codes:").unwrap();
+        assert!(codes.contains(&format!("\n  {code}")), "exit code {code}");
+    }
+    for part in ["JOBS", "--out-dir <DIR>", "--fail-fast", "--steps <N>", "{line}-{seed}.png"] {
+        assert!(text(&batch).contains(part), "{part:?} in {}", text(&batch));
+    }
+    for flag in ["--output", "--count", "--preview", "--json"] {
         assert!(!text(&compare).contains(flag), "{flag}, which compare refuses");
     }
 }

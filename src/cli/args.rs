@@ -167,6 +167,12 @@ pub(super) struct RunArgs {
     #[arg(long, conflicts_with = "quiet")]
     pub stats: bool,
 
+    /// Print an event a line, as JSON, on standard output
+    ///
+    /// README.md has the events and their fields, which are the same for every device.
+    #[arg(long)]
+    pub json: bool,
+
     /// Print the settings and how long each stage took
     #[arg(short, long, action = ArgAction::SetTrue)]
     pub verbose: bool,
@@ -225,6 +231,8 @@ Examples:
   tiny-sd \"a cat\" --from fox.png                 the settings of fox.png, another prompt
   tiny-sd info fox.png                           how it was made (tiny-sd info --help)
   tiny-sd verify fox.png                         whether it comes out the same here
+  tiny-sd \"a fox\" -o fox.png --json              what happens, for programs
+  tiny-sd batch jobs.jsonl --out-dir out         a picture a line (tiny-sd batch --help)
   tiny-sd worker --listen 0.0.0.0:4433           lend this machine (tiny-sd worker --help)
   tiny-sd \"a fox\" --device @url.txt --stats      on that machine; --stats says what it did
   tiny-sd compare \"a fox\" --against @url.txt    the first op that differs there

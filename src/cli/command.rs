@@ -4,7 +4,7 @@
 use crate::error::{Error, Result};
 
 /// The commands.
-const COMMANDS: [&str; 5] = ["help", "worker", "compare", "info", "verify"];
+const COMMANDS: [&str; 6] = ["help", "worker", "compare", "info", "verify", "batch"];
 
 /// What a lone word on the command line is.
 #[derive(Debug, PartialEq, Eq)]
@@ -36,14 +36,14 @@ pub(super) fn classify(word: &str) -> Result<Word> {
 }
 
 /// One letter too many, too few, wrong, or two swapped: more would ask about honest prompts
-/// ("walker", "flower").
+/// ("walker", "flower"), and so would a wrong first letter ("match", "patch").
 fn is_near(word: &str, command: &str) -> bool {
     let (a, b): (Vec<char>, Vec<char>) = (word.chars().collect(), command.chars().collect());
     let same_start = a.iter().zip(&b).take_while(|(a, b)| a == b).count();
     let (a, b) = (a.split_at(same_start).1, b.split_at(same_start).1);
     match (a, b) {
         ([], []) => true,
-        ([_, rest_a @ ..], [_, rest_b @ ..]) if rest_a == rest_b => true,
+        ([_, rest_a @ ..], [_, rest_b @ ..]) if rest_a == rest_b => same_start > 0,
         ([_, rest @ ..], other) | (other, [_, rest @ ..]) if rest == other => true,
         ([a0, a1, rest_a @ ..], [b0, b1, rest_b @ ..]) => a0 == b1 && a1 == b0 && rest_a == rest_b,
         _ => false,
@@ -58,13 +58,13 @@ mod tests {
     fn a_lone_word_near_a_command_is_asked_about_and_any_other_is_a_prompt() {
         for word in [
             "wroker", "worke", "workers", "Worker", "wrker", "compere", "comapre", "compare",
-            "hlep", "infos", "inf", "verfiy",
+            "hlep", "infos", "inf", "verfiy", "batch", "btach", "bach", "Batchs",
         ] {
             let message = classify(word).unwrap_err().to_string();
             assert!(message.contains("did you mean"), "{message}");
             assert!(message.contains(&format!("--prompt {word}")), "{message}");
         }
-        for word in ["fox", "flower", "walker", "helper", "", "é", "w", "re", "compass"] {
+        for word in ["fox", "flower", "walker", "helper", "", "é", "w", "re", "compass", "match"] {
             assert_eq!(classify(word).unwrap(), Word::Prompt, "{word}");
         }
         assert_eq!(classify("help").unwrap(), Word::Help);

@@ -16,9 +16,9 @@ use super::display::Display;
 use super::from;
 use super::interrupt;
 use super::job::{self, Job, Request, usage};
+use super::paint::picture_request;
 use super::painter::{self, Wanted};
 use super::places::{OnBackend, Place, Places};
-use super::run::picture_request;
 use super::surroundings::Surroundings;
 use super::values::Verbosity;
 use crate::backend::twin::{DIFFERS, Divergence, Findings, Mismatch};
@@ -86,7 +86,8 @@ pub(super) fn parse(
         .after_long_help(AFTER_HELP)
         .mut_arg("output", |flag| flag.hide(true))
         .mut_arg("count", |flag| flag.hide(true))
-        .mut_arg("preview", |flag| flag.hide(true));
+        .mut_arg("preview", |flag| flag.hide(true))
+        .mut_arg("json", |flag| flag.hide(true));
     let words = std::iter::once("tiny-sd compare".into()).chain(flags);
     let args = command
         .try_get_matches_from(words)
@@ -98,6 +99,9 @@ pub(super) fn parse(
     };
     if single.run.preview.is_some() {
         return Err(Error::usage("--preview: compare writes no picture, but what it found"));
+    }
+    if single.run.json {
+        return Err(Error::usage("--json: compare prints what it found, not events"));
     }
     if single.picture.output.is_some() {
         return Err(Error::usage("--output: compare writes no picture, but what it found"));
@@ -359,6 +363,7 @@ mod tests {
             ("compare|x|--against|gpu", "one of auto, cpu"),
             ("compare|x|--against|mock|-o|x.png", "--output: compare writes no picture"),
             ("compare|x|--against|mock|--preview|2", "--preview: compare writes no picture"),
+            ("compare|x|--against|mock|--json", "--json: compare prints what it found"),
             ("compare|x|--against|mock|--count|2", "--count: compare looks at one picture"),
             ("compare|a|fox|--against|mock", "quote it"),
             ("-q|compare", "did you mean \"tiny-sd compare\"?"),

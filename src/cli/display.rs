@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::io::{IsTerminal, Write};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{
@@ -24,11 +24,17 @@ const BYTES_WITHOUT_TOTAL: &str = "{msg:24} {spinner} {decimal_bytes}, {decimal_
 const STEPS: &str = "{msg:24} {bar:25} {pos}/{len} steps{pace}";
 const BUSY: &str = "{msg:24} {spinner} {elapsed}";
 
-/// Shows the events of a run; one for the whole run.
+const OVERALL: &str = "{msg} {bar:25} {percent}%";
+/// Parts of the bar of a whole batch.
+const OVERALL_PARTS: u64 = 1000;
+
+/// Shows the events of a run; one for each device of the run.
 pub(super) struct Display {
     verbosity: Verbosity,
     bars: MultiProgress,
     state: Mutex<State>,
+    /// Warnings so far; the next picture of the same prompt need not repeat them.
+    warned: Arc<Mutex<Vec<String>>>,
 }
 
 #[derive(Default)]
@@ -37,8 +43,8 @@ struct State {
     shown: Vec<(String, ProgressBar)>,
     /// What the picture in work is called, such as `seed 42`.
     picture: String,
-    /// Warnings so far; the next picture of the same prompt need not repeat them.
-    warned: Vec<String>,
+    /// The bar of a whole batch, if this is one.
+    overall: Option<ProgressBar>,
     stage: Option<Stage>,
     times: Times,
 }
@@ -67,7 +73,25 @@ impl Display {
             false => ProgressDrawTarget::hidden(),
         };
         let bars = MultiProgress::with_draw_target(target);
-        Self { verbosity, bars, state: Mutex::default() }
+        Self { verbosity, bars, state: Mutex::default(), warned: Arc::default() }
+    }
+
+    /// For another device, on the same screen.
+    pub fn beside(&self) -> Self {
+        let (bars, warned) = (self.bars.clone(), self.warned.clone());
+        Self { verbosity: self.verbosity, bars, state: Mutex::default(), warned }
+    }
+
+    /// How far a whole batch is, from 0 to 1, and what is beside its bar.
+    pub fn overall(&self, done: f64, text: String) {
+        let mut state = self.state();
+        let bar = state.overall.get_or_insert_with(|| {
+            let bar = self.bars.add(ProgressBar::new(OVERALL_PARTS));
+            bar.set_style(style(OVERALL));
+            bar
+        });
+        bar.set_position((done * OVERALL_PARTS as f64) as u64);
+        bar.set_message(text);
     }
 
     /// A picture begins; its name is shown beside its steps.
@@ -87,6 +111,11 @@ impl Display {
     /// A line that stays, unless `-q`.
     pub fn line(&self, text: impl fmt::Display) {
         self.line_at(Verbosity::Normal, &text);
+    }
+
+    /// A line that stays, also with `-q`.
+    pub fn error(&self, text: impl fmt::Display) {
+        self.line_at(Verbosity::Quiet, &text);
     }
 
     /// A line that only `-v` shows.
@@ -157,10 +186,10 @@ impl Display {
 
     /// A line that is said once.
     fn warn(&self, line: String) {
-        let mut state = self.state();
-        if !state.warned.contains(&line) {
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if !warned.contains(&line) {
             self.line(&line);
-            state.warned.push(line);
+            warned.push(line);
         }
     }
 
@@ -188,7 +217,9 @@ impl Progress for Display {
                 self.bytes(&format!("loading {component}"), done, Some(total));
             }
             Event::Warning(text) => self.warn(format!("warning: {text}")),
-            Event::Truncated { which, text } => self.warn(truncation_warning(which, text)),
+            Event::Truncated { which, text } => {
+                self.warn(format!("warning: {}", truncation(which, text)));
+            }
             Event::Step { done, total } => self.step(done, total),
             // A file, which is not drawn here.
             Event::Preview { .. } => {}
@@ -215,7 +246,11 @@ impl Progress for Display {
 /// An error's line must not end up in the middle of a bar.
 impl Drop for Display {
     fn drop(&mut self) {
-        clear(&mut self.state());
+        let mut state = self.state();
+        clear(&mut state);
+        if let Some(bar) = state.overall.take() {
+            bar.finish_and_clear();
+        }
     }
 }
 
@@ -240,13 +275,14 @@ fn write_pace(state: &ProgressState, out: &mut dyn fmt::Write) {
     }
 }
 
-fn truncation_warning(which: &str, text: &str) -> String {
+/// What the user is told of a prompt's end that the model does not see.
+pub(super) fn truncation(which: &str, text: &str) -> String {
     const SHOWN_CHARS: usize = 300;
     let mut shown: String = text.chars().take(SHOWN_CHARS).collect();
     if shown.len() < text.len() {
         shown.push('…');
     }
-    format!("warning: the {which} is too long, the model does not see its end: {shown:?}")
+    format!("the {which} is too long, the model does not see its end: {shown:?}")
 }
 
 /// `0.034 s`, `1.20 s`, `34.5 s`, `2 min 5 s`: three digits say enough.
@@ -286,7 +322,7 @@ mod tests {
 
     #[test]
     fn every_template_is_one_that_indicatif_understands() {
-        for template in [BYTES, BYTES_WITHOUT_TOTAL, STEPS, BUSY] {
+        for template in [BYTES, BYTES_WITHOUT_TOTAL, STEPS, BUSY, OVERALL] {
             assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
         }
     }
@@ -309,9 +345,9 @@ mod tests {
 
     #[test]
     fn a_warning_shows_the_words_on_one_line_and_not_without_end() {
-        let warning = truncation_warning("prompt", "and\na \"hat\"");
+        let warning = truncation("prompt", "and\na \"hat\"");
         assert!(warning.ends_with(r#"its end: "and\na \"hat\"""#), "{warning}");
-        let long = truncation_warning("prompt", &"é".repeat(1000));
+        let long = truncation("prompt", &"é".repeat(1000));
         assert!(long.ends_with("é…\"") && long.chars().count() < 400, "{long}");
     }
 }

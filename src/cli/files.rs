@@ -25,6 +25,12 @@ static TEMPORARY_FILE: Mutex<()> = Mutex::new(());
 /// Files that go with the run: as many as there are pictures under way.
 static PASSING_FILES: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
+/// How temporary files are named. Whoever holds the lock of a batch's folder may remove what
+/// another batch left there.
+const BATCH_PREFIX: &str = ".tiny-sd-batch-";
+const PREFIX: &str = ".tiny-sd-";
+const SUFFIX: &str = ".part";
+
 fn passing_files() -> MutexGuard<'static, BTreeSet<PathBuf>> {
     PASSING_FILES.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
@@ -89,7 +95,7 @@ pub(super) fn check_writable(target: &Target) -> Result<()> {
         return Err(failed(&path, &format!("there is no folder {}", folder.display())));
     }
     let _one_at_a_time = no_temporary_file();
-    temporary_file(&path).map(drop)
+    temporary_file(&path, PREFIX).map(drop)
 }
 
 /// Rust opens `/dev/null` for reading and writing where a process starts without a standard output;
@@ -147,9 +153,47 @@ pub(super) fn write(target: &Target, bytes: &[u8]) -> Result<Option<PathBuf>> {
     }
 }
 
+/// Finds out whether a batch could write a picture there; makes its folder.
+///
+/// # Errors
+/// If not.
+pub(super) fn check_batch_place(path: &Path) -> Result<()> {
+    let folder = folder_of(path);
+    fs::create_dir_all(folder).map_err(|error| failed(path, &error))?;
+    if at(path) == At::Folder {
+        return Err(failed(path, &"it is a folder"));
+    }
+    let _one_at_a_time = no_temporary_file();
+    temporary_file(path, BATCH_PREFIX).map(drop)
+}
+
+/// Writes a whole picture of a batch in the place of whatever is there.
+///
+/// # Errors
+/// If it cannot be written; then what was there before still is.
+pub(super) fn write_in_batch(path: &Path, bytes: &[u8]) -> Result<()> {
+    let _one_at_a_time = no_temporary_file();
+    let file = filled(path, bytes, BATCH_PREFIX)?;
+    file.persist(path).map_err(|error| failed(path, &error.error))?;
+    Ok(())
+}
+
+/// Removes what a batch that was killed left in a folder that is locked now.
+pub(super) fn remove_leftovers(folder: &Path) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(BATCH_PREFIX) && name.ends_with(SUFFIX) {
+            // It costs some bytes on the disk and nothing else.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let _one_at_a_time = no_temporary_file();
-    let file = filled(path, bytes)?;
+    let file = filled(path, bytes, PREFIX)?;
     if let Ok(old) = fs::metadata(path) {
         // Somebody chose these; a file system without them is no reason to lose the picture.
         let _ = file.as_file().set_permissions(old.permissions());
@@ -162,7 +206,7 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
 /// which is taken, not a look beforehand.
 fn write_fresh(path: &Path, bytes: &[u8]) -> Result<PathBuf> {
     let _one_at_a_time = no_temporary_file();
-    let mut file = filled(path, bytes)?;
+    let mut file = filled(path, bytes, PREFIX)?;
     for number in 0..=MAX_NAMES_TRIED {
         let name = match number {
             0 => path.to_owned(),
@@ -177,8 +221,8 @@ fn write_fresh(path: &Path, bytes: &[u8]) -> Result<PathBuf> {
     Err(failed(path, &format!("taken, and so are the {MAX_NAMES_TRIED} names after it")))
 }
 
-fn filled(path: &Path, bytes: &[u8]) -> Result<NamedTempFile> {
-    let mut file = temporary_file(path)?;
+fn filled(path: &Path, bytes: &[u8], prefix: &str) -> Result<NamedTempFile> {
+    let mut file = temporary_file(path, prefix)?;
     // Some file systems say only here that they are full.
     let file_itself = file.as_file_mut();
     let written = file_itself.write_all(bytes).and_then(|()| file_itself.sync_all());
@@ -187,9 +231,9 @@ fn filled(path: &Path, bytes: &[u8]) -> Result<NamedTempFile> {
 }
 
 /// A file beside `path`, with the permissions of any new file: tempfile would make it 0600.
-fn temporary_file(path: &Path) -> Result<NamedTempFile> {
+fn temporary_file(path: &Path, prefix: &str) -> Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".tiny-sd-").suffix(".part");
+    builder.prefix(prefix).suffix(SUFFIX);
     if let Some(permissions) = new_file_permissions() {
         builder.permissions(permissions);
     }

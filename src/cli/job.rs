@@ -8,6 +8,7 @@ use std::num::NonZeroUsize;
 use clap::{CommandFactory, FromArgMatches};
 
 use super::args::{Args, ModelArgs, PictureArgs, RunArgs};
+use super::batch::{self, BatchJob};
 use super::command::{self, Word};
 use super::compare::{self, CompareJob};
 use super::device::DevicePlan;
@@ -15,6 +16,7 @@ use super::from;
 use super::info::{self, InfoJob};
 use super::model::{HubName, ModelSource};
 use super::output::OutputPlan;
+use super::prompt::{check_length, given_prompt, prompt_of_stdin};
 use super::surroundings::Surroundings;
 use super::values::{BatchSize, Count, DtypeChoice, GuidanceScale, SizeRequest, Steps, Verbosity};
 use super::verify::{self, VerifyJob};
@@ -22,9 +24,6 @@ use super::worker::{self, WorkerJob};
 use crate::backend::cpu;
 use crate::error::{Error, Result};
 use crate::schedule::SchedulerKind;
-
-/// The longest prompt; a model reads 77 tokens of it, and the whole of it is recorded.
-pub const MAX_PROMPT_BYTES: usize = 64 << 10;
 
 /// Pictures to make, and how.
 #[derive(Debug, Clone, PartialEq)]
@@ -73,6 +72,8 @@ pub struct Job {
     pub stats: bool,
     /// What the user should know of what the flags came to mean.
     pub notes: Vec<String>,
+    /// Whether events go to standard output.
+    pub json: bool,
 }
 
 /// What the command line asks for.
@@ -86,6 +87,8 @@ pub enum Request {
     Tell(Box<InfoJob>),
     /// Make a picture again and compare.
     Verify(Box<VerifyJob>),
+    /// Make the pictures of a file of jobs.
+    Batch(Box<BatchJob>),
     /// Run a worker.
     Work(Box<WorkerJob>),
     /// Help or the version, ready to be printed.
@@ -107,6 +110,9 @@ pub fn parse(
     }
     if command_line.get(1).is_some_and(|word| word == "compare") {
         return compare::parse(command_line.into_iter().skip(2), surroundings);
+    }
+    if command_line.get(1).is_some_and(|word| word == "batch") {
+        return batch::parse(command_line.into_iter().skip(2), surroundings);
     }
     if command_line.get(1).is_some_and(|word| word == "info") {
         return info::parse(command_line.into_iter().skip(2), surroundings);
@@ -149,6 +155,11 @@ pub(super) fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result
     let output = OutputPlan::new(picture.output.as_deref(), picture.count, surroundings)?;
     if let (Some(_), OutputPlan::Stdout) = (run.preview, &output) {
         return Err(Error::usage("--preview writes files beside the picture: give --output FILE"));
+    }
+    if run.json && output == OutputPlan::Stdout {
+        return Err(Error::usage(
+            "--json prints events on standard output, where --output - puts the picture",
+        ));
     }
     let seed = picture.seed.unwrap_or_else(|| surroundings.random_seed());
     let choice = Choice { seed, output, device };
@@ -228,59 +239,9 @@ impl Job {
             verbosity: run.verbosity(),
             stats: run.stats,
             notes: Vec::new(),
+            json: run.json,
         })
     }
-}
-
-/// The prompt on the command line, `None` if it is to be read from standard input.
-///
-/// `-` is standard input only as a plain argument: `--prompt -` and `-- -` are any text.
-fn given_prompt(args: &mut Args) -> Result<Option<String>> {
-    let words = std::mem::take(&mut args.words);
-    let after_dashes = std::mem::take(&mut args.after_dashes);
-    match (args.picture.prompt.take(), &*words, &*after_dashes) {
-        (None, [], []) => Ok(None),
-        (None, [word], []) if word == "-" => Ok(None),
-        (Some(prompt), [], []) => Ok(Some(prompt)),
-        (None, [prompt], []) | (None, [], [prompt]) => Ok(Some(prompt.clone())),
-        (None, words, []) | (None, [], words) => {
-            let shown: String = words.join(" ").chars().take(60).collect();
-            Err(Error::usage(format!(
-                "{} arguments where one prompt is expected; quote it: tiny-sd {shown:?}",
-                words.len()
-            )))
-        }
-        _ => Err(Error::usage("the prompt is given twice; give PROMPT, --prompt or -- PROMPT")),
-    }
-}
-
-fn prompt_of_stdin(surroundings: &mut dyn Surroundings) -> Result<String> {
-    let dash_or_pipe = "the prompt on standard input";
-    if surroundings.stdin_is_terminal() {
-        return Err(Error::usage("no prompt; try: tiny-sd \"Portrait of a pretty girl\""));
-    }
-    let bytes = surroundings
-        .read_stdin(MAX_PROMPT_BYTES)
-        .map_err(|error| Error::other(format!("{dash_or_pipe}: {error}")))?;
-    check_length(dash_or_pipe, bytes.len())?;
-    let text = String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        Error::usage(format!("{dash_or_pipe} is not UTF-8: byte {at} does not belong there"))
-    })?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text).trim_end_matches(['\r', '\n']);
-    if text.is_empty() {
-        return Err(Error::usage(format!(
-            "{dash_or_pipe} is empty; if it is meant: --prompt \"\""
-        )));
-    }
-    Ok(text.to_owned())
-}
-
-fn check_length(what: &str, bytes: usize) -> Result<()> {
-    if bytes > MAX_PROMPT_BYTES {
-        return Err(Error::usage(format!("{what} is longer than {MAX_PROMPT_BYTES} bytes")));
-    }
-    Ok(())
 }
 
 /// clap's message without the usage that follows it, on one line.
@@ -306,6 +267,7 @@ pub(super) fn usage(error: &clap::Error) -> Error {
 #[cfg(test)]
 pub(super) mod tests {
     use super::super::device::DeviceSpec;
+    use super::super::prompt::MAX_PROMPT_BYTES;
     pub use super::super::surroundings::tests::Fake;
     use super::*;
     use crate::cli::values::Side;
@@ -350,6 +312,7 @@ pub(super) mod tests {
             verbosity: Verbosity::Normal,
             stats: false,
             notes: Vec::new(),
+            json: false,
         };
         assert_eq!(job, expected);
     }
@@ -358,7 +321,7 @@ pub(super) mod tests {
     fn each_flag_changes_what_it_names_and_nothing_else() {
         type Change = fn(&mut Job);
         let base = job_of("x");
-        let rows: [(&str, Change); 26] = [
+        let rows: [(&str, Change); 27] = [
             ("x|-n|", |job| job.negative_prompt = String::new()),
             ("--prompt|-- a --flag", |job| job.prompt = "-- a --flag".into()),
             ("--prompt|", |job| job.prompt = String::new()),
@@ -388,6 +351,7 @@ pub(super) mod tests {
             ("x|--batch-size|4", |job| job.batch_size = BatchSize::Fixed(4)),
             ("x|--threads|3", |job| job.threads = Some(3)),
             ("x|--low-memory", |job| job.low_memory = true),
+            ("x|--json", |job| job.json = true),
             ("x|-q", |job| job.verbosity = Verbosity::Quiet),
             ("x|--verbose", |job| job.verbosity = Verbosity::Verbose),
         ];
@@ -433,6 +397,7 @@ pub(super) mod tests {
             ("x|--device|gpu", "one of auto, cpu"),
             ("x|--device|cpu|--device|mock", "given 2 times; several devices are for tiny-sd bat"),
             ("x|--preview|0", "--preview"),
+            ("x|-o|-|--json", "--json prints events on standard output"),
             ("x|-o|-|--preview|5", "--preview writes files beside the picture"),
             ("x|-m|nope", "there is no such folder"),
             ("x|-m|./m|--revision|v1", "--revision v1 is for repositories of the hub"),

@@ -4,11 +4,13 @@
 //! through [`Painter`].
 
 mod args;
+mod batch;
 mod books;
 mod command;
 mod compare;
 mod device;
 mod display;
+mod events;
 mod files;
 mod from;
 mod identity;
@@ -17,9 +19,11 @@ mod interrupt;
 mod job;
 mod model;
 mod output;
+mod paint;
 mod painter;
 mod places;
 mod previews;
+mod prompt;
 mod remote;
 mod run;
 mod settings;
@@ -30,13 +34,16 @@ mod worker;
 
 use std::io::Write;
 
+pub use batch::{BatchJob, Task, batch};
 pub use compare::{CompareJob, compare};
 pub use device::{DevicePlan, DeviceSpec};
+pub use events::{Event, PictureName, SCHEMA_VERSION};
 pub use info::{InfoJob, tell};
-pub use job::{Job, MAX_PROMPT_BYTES, Request, parse};
+pub use job::{Job, Request, parse};
 pub use model::{HubName, ModelSource};
 pub use output::{OutputPlan, Target};
 pub use painter::open;
+pub use prompt::MAX_PROMPT_BYTES;
 pub use run::{OpenPainter, Painter, run};
 pub use settings::{ModelRecord, Provenance, Settings};
 pub use surroundings::{At, Process, Surroundings};
@@ -64,11 +71,16 @@ pub fn show(help: &clap::Error) {
 
 /// Prints an error on standard error, on one line, and says the exit code.
 pub fn report(error: &Error) -> u8 {
-    // Names in it come from files and servers: no line breaks, nothing that steers a terminal.
-    let text = without_secrets(&error.to_string().replace(char::is_control, " "));
+    let text = one_line(error);
     // Not eprintln: a closed standard error is no reason to panic.
     let _ = writeln!(std::io::stderr(), "error: {text}");
     error.kind().exit_code()
+}
+
+/// An error's text as it may be shown.
+fn one_line(error: &Error) -> String {
+    // Names in it come from files and servers: no line breaks, nothing that steers a terminal.
+    without_secrets(&error.to_string().replace(char::is_control, " "))
 }
 
 /// A pairing URL's token must not reach a terminal or a log, whatever a message quotes: of each

@@ -44,10 +44,9 @@ impl OutputPlan {
         surroundings: &dyn Surroundings,
     ) -> Result<Self> {
         let Some(path) = output else { return Ok(OutputPlan::Fresh(DEFAULT_NAME.into())) };
-        let count = count.get();
-        let only_one = |plan| match count {
+        let only_one = |plan| match count.get() {
             1 => Ok(plan),
-            _ => Err(Error::usage(format!(
+            count => Err(Error::usage(format!(
                 "--output {} takes one picture, --count {count} makes more",
                 path.display()
             ))),
@@ -69,6 +68,15 @@ impl OutputPlan {
         if path.as_os_str().to_string_lossy().ends_with(std::path::is_separator) {
             return Err(Error::usage(format!("--output {shown}: there is no such folder")));
         }
+        Self::of_file(path, count)
+    }
+
+    /// What the name of a file means for `count` pictures.
+    ///
+    /// # Errors
+    /// If it is no name of a PNG, or cannot be numbered.
+    pub(super) fn of_file(path: &Path, count: Count) -> Result<Self> {
+        let (shown, count) = (path.display(), count.get());
         if !path.extension().is_some_and(|suffix| suffix.eq_ignore_ascii_case("png")) {
             return Err(Error::usage(format!(
                 "--output {shown}: pictures are PNG files, the name must end in .png"

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use candle_core::DType;
 
+use super::device::DevicePlan;
 use super::identity::Pending;
 use super::interrupt;
 use super::job::Job;
@@ -27,15 +28,31 @@ use crate::weights::{Component, ModelFolder, Variant, choose, config_files, json
 pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
     let (folder, variant) = model(&Wanted::of(job), progress)?;
     let plan = job.device.resolve()?;
-    let places = Places::open(&plan, job.cpu(), false, progress)?;
+    let identify = || Pending::begin(folder.clone(), variant.clone());
+    open_on(job, &folder, variant.as_ref(), &plan, &identify, progress)
+}
+
+/// Loads the job's model, which is on this machine's disk, onto devices that are resolved, and then
+/// begins to identify it.
+///
+/// # Errors
+/// As [`open`].
+pub(super) fn open_on(
+    job: &Job,
+    folder: &ModelFolder,
+    variant: Option<&Variant>,
+    device: &DevicePlan,
+    identify: &dyn Fn() -> Result<Pending>,
+    progress: &dyn Progress,
+) -> Result<Box<dyn Painter>> {
+    let places = Places::open(device, job.cpu(), false, progress)?;
     let [text, unet, vae] = places.stages.clone();
     let watch = places.watch(progress, job.stats);
     watch.begin(Some("load"));
-    let load = Load { folder: &folder, variant: variant.as_ref(), job, progress: &watch };
+    let load = Load { folder, variant, job, progress: &watch };
     let painter = text.on(WithText { unet, vae, load })?;
     watch.begin(None);
-    let identity = Pending::begin(folder, variant)?;
-    let device = plan.to_string();
+    let (identity, device) = (identify()?, device.to_string());
     Ok(Box::new(PlacedPainter { painter, places, identity, device, keeps_books: job.stats }))
 }
 

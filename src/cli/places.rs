@@ -101,6 +101,11 @@ impl Places {
         !self.links.is_empty()
     }
 
+    /// Whether all workers are still there.
+    pub fn are_there(&self) -> bool {
+        self.links.iter().all(Link::is_there)
+    }
+
     /// What this processor and the sessions with workers did so far, as lines.
     pub fn statistics(&self) -> Vec<String> {
         let mut local = None;
@@ -238,6 +243,10 @@ impl Painter for PlacedPainter {
             device: self.device.clone(),
             kernel_path: self.painter.kernel_path(),
         })
+    }
+
+    fn is_there(&self) -> bool {
+        self.places.are_there()
     }
 
     fn statistics(&self) -> Vec<String> {

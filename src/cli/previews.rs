@@ -1,7 +1,7 @@
 //! `--preview`: approximate pictures in a file beside the output, while the picture is being made.
 //! Separate from the display because these are files: they appear whole, and go at the end.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use super::files;
@@ -16,28 +16,53 @@ pub(super) struct Previews<'a> {
     progress: &'a dyn Progress,
     /// Of the finished pictures.
     size: ImageSize,
-    /// Where the previews of each picture may go: a name that is not taken, then that name.
-    targets: Mutex<Vec<Option<Target>>>,
+    /// Of each picture.
+    places: Mutex<Vec<Place>>,
+    /// Hears of each file.
+    written: &'a Written<'a>,
+}
+
+struct Place {
+    /// Where a preview may go: perhaps a name that is not taken, then that name.
+    target: Option<Target>,
+    /// Where one is.
+    file: Option<PathBuf>,
+}
+
+/// Hears of a preview's file: which picture's it is, after so many steps.
+pub(super) type Written<'a> = dyn Fn(usize, usize, &Path) + Sync + 'a;
+
+/// Where the previews of a picture go that replaces nothing: beside it.
+pub(super) fn beside(target: &Target) -> Option<Target> {
+    match target {
+        Target::Stdout => None,
+        Target::Replace(path) | Target::Fresh(path) => {
+            Some(Target::Fresh(before_suffix(path, "-preview")))
+        }
+    }
 }
 
 impl<'a> Previews<'a> {
-    /// Of pictures that will be `size` and go to `targets`.
-    pub fn new(progress: &'a dyn Progress, size: ImageSize, targets: &[Target]) -> Self {
-        let beside = |path: &Path| Target::Fresh(before_suffix(path, "-preview"));
-        let targets = targets.iter().map(|target| match target {
-            Target::Stdout => None,
-            Target::Replace(path) | Target::Fresh(path) => Some(beside(path)),
-        });
-        Self { progress, size, targets: Mutex::new(targets.collect()) }
+    /// Of pictures that will be `size`, in the files `targets`.
+    pub fn new(
+        progress: &'a dyn Progress,
+        size: ImageSize,
+        targets: impl Iterator<Item = Option<Target>>,
+        written: &'a Written<'a>,
+    ) -> Self {
+        let places = targets.map(|target| Place { target, file: None }).collect();
+        Self { progress, size, places: Mutex::new(places), written }
     }
 
-    fn write(&self, index: usize, picture: &Picture) -> Result<()> {
-        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(Some(target)) = targets.get_mut(index) else { return Ok(()) };
+    fn write(&self, index: usize, done: usize, picture: &Picture) -> Result<()> {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(place) = places.get_mut(index) else { return Ok(()) };
+        let Some(target) = &place.target else { return Ok(()) };
         let png = picture.enlarged(self.size)?.to_plain_png()?;
         if let Some(path) = files::write(target, &png)? {
             files::add_passing_file(&path);
-            *target = Target::Replace(path);
+            (self.written)(index, done, &path);
+            *place = Place { target: Some(Target::Replace(path.clone())), file: Some(path) };
         }
         Ok(())
     }
@@ -45,8 +70,8 @@ impl<'a> Previews<'a> {
 
 impl Progress for Previews<'_> {
     fn report(&self, event: Event<'_>) {
-        if let Event::Preview { index, picture, .. } = event
-            && let Err(error) = self.write(index, picture)
+        if let Event::Preview { index, done, picture } = event
+            && let Err(error) = self.write(index, done, picture)
         {
             // The picture itself may still be written.
             self.progress.report(Event::Warning(&format!("no preview: {error}")));
@@ -61,13 +86,11 @@ impl Progress for Previews<'_> {
 
 impl Drop for Previews<'_> {
     fn drop(&mut self) {
-        let targets = self.targets.get_mut().unwrap_or_else(PoisonError::into_inner);
-        for target in targets {
-            // A fresh name was not used yet.
-            if let Some(Target::Replace(path)) = target {
-                files::remove_passing_file(path);
-            }
-        }
+        let places = self.places.get_mut().unwrap_or_else(PoisonError::into_inner);
+        places
+            .iter()
+            .filter_map(|place| place.file.as_deref())
+            .for_each(files::remove_passing_file);
     }
 }
 
@@ -85,7 +108,12 @@ mod tests {
         let picture =
             |grey: u8| Picture::new(ImageSize { height: 1, width: 2 }, vec![grey; 6]).unwrap();
         let target = Target::Replace(folder.path().join("x.png"));
-        let previews = Previews::new(&Silent, ImageSize { height: 8, width: 16 }, &[target]);
+        let written = Mutex::new(Vec::new());
+        let note = |index, done, path: &Path| {
+            written.lock().unwrap().push((index, done, path.to_owned()));
+        };
+        let size = ImageSize { height: 8, width: 16 };
+        let previews = Previews::new(&Silent, size, [beside(&target)].into_iter(), &note);
         for grey in [10, 200] {
             previews.report(Event::Preview { index: 0, done: 1, picture: &picture(grey) });
             let file = std::io::BufReader::new(std::fs::File::open(&free).unwrap());
@@ -96,6 +124,7 @@ mod tests {
         }
         drop(previews);
         assert!(!free.exists());
+        assert_eq!(*written.lock().unwrap(), [(0, 1, free.clone()), (0, 1, free)]);
         assert_eq!(std::fs::read(&taken).unwrap(), b"mine");
     }
 }

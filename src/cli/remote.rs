@@ -85,6 +85,11 @@ impl Link {
         }
     }
 
+    /// Whether the connection lasts.
+    pub fn is_there(&self) -> bool {
+        self.session.check().is_ok()
+    }
+
     /// What is done from now on belongs to a stage, or to none.
     pub fn begin_stage(&self, name: Option<&'static str>) {
         self.session.begin_stage(name);

@@ -6,16 +6,18 @@ use std::time::Instant;
 
 use super::books;
 use super::display::{Display, Times, seconds};
+use super::events::{Made, PictureName, Stream, Teller, Told};
 use super::files;
 use super::interrupt;
 use super::job::Job;
 use super::output::Target;
-use super::previews::Previews;
-use super::settings::{Provenance, Settings};
+use super::paint::{AUTO_PIXELS, Finished, Order, paint};
+use super::previews::beside;
+use super::settings::Provenance;
 use super::values::Verbosity;
 use crate::backend::cpu;
 use crate::error::Result;
-use crate::image::{ImageSize, Parameters, Picture};
+use crate::image::{ImageSize, Picture};
 use crate::pipeline::PictureRequest;
 use crate::progress::{Event, Progress};
 use crate::schedule::SchedulerKind;
@@ -35,6 +37,11 @@ pub trait Painter {
     /// If the model's files cannot be read any more.
     fn provenance(&mut self) -> Result<Provenance>;
 
+    /// Whether its devices can still be used, after an error.
+    fn is_there(&self) -> bool {
+        true
+    }
+
     /// What the devices that keep books did so far, as lines.
     fn statistics(&self) -> Vec<String> {
         Vec::new()
@@ -51,10 +58,6 @@ pub trait Painter {
     ) -> Result<Vec<Picture>>;
 }
 
-/// Pixels that go through the UNet together unless the user says how many pictures: more gain
-/// little, and each 512×512 takes some 300 MB.
-const AUTO_PIXELS: usize = 1 << 18;
-
 /// Loads the job's model onto its device.
 pub type OpenPainter<'a> = dyn FnMut(&Job, &dyn Progress) -> Result<Box<dyn Painter>> + 'a;
 
@@ -66,17 +69,30 @@ pub type OpenPainter<'a> = dyn FnMut(&Job, &dyn Progress) -> Result<Box<dyn Pain
 pub fn run(job: &Job, open: &mut OpenPainter<'_>) -> Result<()> {
     cpu::check_kernel_path()?;
     interrupt::install(job.verbosity == Verbosity::Quiet)?;
+    let told = if job.json { Told::Everything } else { Told::Nothing };
+    let stream = Stream::stdout(told);
+    let outcome = run_told(job, open, &stream);
+    if let Err(error) = &outcome {
+        stream.tell_error(None, error);
+    }
+    outcome
+}
+
+fn run_told(job: &Job, open: &mut OpenPainter<'_>, stream: &Stream) -> Result<()> {
     check_outputs(job)?;
     let display = Display::new(job.verbosity);
     describe(job, &display);
-    job.notes.iter().for_each(|note| display.report(Event::Warning(note)));
-    let mut painter = open(job, &display)?;
+    let device = job.device.resolve()?.to_string();
+    let teller = Teller { stream, device: &device, pictures: &[], progress: &display };
+    job.notes.iter().for_each(|note| teller.report(Event::Warning(note)));
+    let mut painter = open(job, &teller)?;
     let together = job.batch_size.or(AUTO_PIXELS, job.size.or(painter.default_size()));
     let pictures: Vec<_> = pictures(job).collect();
     for pictures in pictures.chunks(together) {
         display.check()?;
         display.begin(title(pictures, job.count.get()));
-        paint(job, &mut *painter, pictures, &display)?;
+        paint_together(job, &mut *painter, pictures, &display, &teller)?;
+        stream.check()?;
     }
     if job.stats {
         let lines = painter.statistics().into_iter().chain(books::peak_memory());
@@ -131,60 +147,35 @@ fn describe(job: &Job, display: &Display) {
     ));
 }
 
-/// One of the job's pictures, on a model that was trained for `size`.
-pub(super) fn picture_request(job: &Job, seed: u64, size: ImageSize) -> PictureRequest<'_> {
-    PictureRequest {
-        prompt: &job.prompt,
-        negative_prompt: &job.negative_prompt,
-        seed,
-        steps: job.steps.get(),
-        guidance_scale: job.guidance_scale.get(),
-        size: job.size.or(size),
-        scheduler: None,
-        preview_every: job.preview,
-    }
-}
-
-fn paint(
+fn paint_together(
     job: &Job,
     painter: &mut dyn Painter,
     pictures: &[(usize, u64)],
     display: &Display,
+    teller: &Teller<'_>,
 ) -> Result<()> {
     let start = Instant::now();
-    let size = painter.default_size();
-    let requests: Vec<_> =
-        pictures.iter().map(|&(_, seed)| picture_request(job, seed, size)).collect();
     let targets: Vec<_> =
         pictures.iter().map(|&(index, seed)| job.output.target(seed, index)).collect();
-    let previews = Previews::new(display, job.size.or(size), &targets);
-    let painted = painter.paint(&requests, &previews)?;
-    drop(previews);
-    // Whoever interrupts does not want the pictures that were nearly done.
-    display.check()?;
+    let order = |(&(_, seed), target)| Order { job, seed, preview: beside(target) };
+    let orders: Vec<_> = pictures.iter().zip(&targets).map(order).collect();
+    let name = |&(index, seed)| PictureName { line: None, index, seed, output: None };
+    let names: Vec<_> = pictures.iter().map(name).collect();
+    let teller = Teller { pictures: &names, ..*teller };
+    let finished = paint(&orders, painter, &teller)?;
     let pace = pace(pictures.len(), display.times(), start);
-    let provenance = painter.provenance()?;
-    for ((request, target), picture) in requests.iter().zip(&targets).zip(&painted) {
-        let parameters = Parameters {
-            prompt: job.prompt.clone(),
-            negative_prompt: job.negative_prompt.clone(),
-            steps: request.steps,
-            sampler: painter.sampler().to_owned(),
-            guidance_scale: request.guidance_scale,
-            seed: request.seed,
-            size: picture.size(),
-            model: job.model.short_name(),
-        };
-        let settings = Settings::new(job, request.seed, picture.size(), provenance.clone());
-        let path = files::write(target, &picture.to_png(&parameters, &settings.to_json())?)?;
+    let steps = job.steps.get();
+    for ((picture, target), finished) in names.iter().zip(&targets).zip(finished) {
+        let Finished { size, png, settings } = finished;
+        let path = files::write(target, &png)?;
         let name = path.map_or("standard output".to_owned(), |path| path.display().to_string());
         display.line(format!(
-            "{name}: seed {}, {}, {} step{} in {pace}",
-            request.seed,
-            picture.size(),
-            request.steps,
-            if request.steps == 1 { "" } else { "s" },
+            "{name}: seed {}, {size}, {steps} step{} in {pace}",
+            picture.seed,
+            if steps == 1 { "" } else { "s" },
         ));
+        let (picture, output, settings) = (*picture, name.as_str(), &*settings.key());
+        teller.done(&Made { picture, output, size, steps, settings }, start);
     }
     Ok(())
 }
@@ -346,9 +337,11 @@ mod tests {
         let outcome =
             parse(command_line.map(Into::into), &mut Process).and_then(|request| match request {
                 Request::Paint(job) => run(&job, &mut open),
-                Request::Compare(_) | Request::Tell(_) | Request::Verify(_) | Request::Work(_) => {
-                    Err(Error::other("no picture"))
-                }
+                Request::Compare(_)
+                | Request::Tell(_)
+                | Request::Verify(_)
+                | Request::Batch(_)
+                | Request::Work(_) => Err(Error::other("no picture")),
                 Request::Show(help) => Err(Error::other(help.to_string())),
             });
         std::process::exit(outcome.map_or_else(|error| report(&error).into(), |()| 0));

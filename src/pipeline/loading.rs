@@ -72,6 +72,26 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
     }
 }
 
+/// What a model's configurations say without its weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outline {
+    /// The size that it was trained for.
+    pub size: ImageSize,
+    /// Its own scheduler, if that is one of ours.
+    pub scheduler: Option<SchedulerKind>,
+}
+
+impl Outline {
+    /// Of a model in diffusers layout.
+    ///
+    /// # Errors
+    /// Names the file or the field that is missing or not covered.
+    pub fn of(folder: &ModelFolder) -> Result<Self> {
+        let scheduler = SchedulerConfig::parse(&folder.scheduler_config()?)?.kind();
+        Ok(Self { size: default_size(folder)?, scheduler })
+    }
+}
+
 /// The size that a model was trained for; no weights are read.
 ///
 /// # Errors

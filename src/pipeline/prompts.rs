@@ -32,6 +32,11 @@ struct Known<B> {
 }
 
 impl<B: Backend> Embeddings<B> {
+    /// Keeps nothing of what there was so far.
+    pub fn forget(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
     /// The embeddings (texts, tokens, hidden) of texts, each with its name for people.
     ///
     /// # Errors

@@ -18,11 +18,11 @@ use crate::processes::{paint, picture, succeeds};
 use crate::udp_proxy::random;
 
 /// Random numbers from a seed that is printed.
-struct Dice(u64);
+pub struct Dice(u64);
 
 impl Dice {
     /// `rounds` of them from new seeds, unless the environment names the first.
-    fn some(rounds: u64) -> impl Iterator<Item = Dice> {
+    pub fn some(rounds: u64) -> impl Iterator<Item = Dice> {
         let named = std::env::var("TINY_SD_FAULT_SEED").ok().map(|seed| seed.parse().unwrap());
         let random = || std::hash::RandomState::new().build_hasher().finish() >> 32;
         let first = named.unwrap_or_else(random);
@@ -39,7 +39,7 @@ impl Dice {
     }
 
     /// From `low` to below `high`.
-    fn between(&mut self, low: u64, high: u64) -> u64 {
+    pub fn between(&mut self, low: u64, high: u64) -> u64 {
         low + (random(&mut self.0) * (high - low) as f64) as u64
     }
 }

@@ -1,0 +1,94 @@
+//! Pictures that go together, from their jobs to the bytes of their files. Separate because the
+//! single command and a batch make them in the same way, and a picture says how it was made.
+
+use std::path::Path;
+
+use super::events::Teller;
+use super::job::Job;
+use super::output::Target;
+use super::previews::Previews;
+use super::run::Painter;
+use super::settings::Settings;
+use crate::error::Result;
+use crate::image::{ImageSize, Parameters, Picture};
+use crate::pipeline::PictureRequest;
+use crate::progress::Progress;
+
+/// Pixels that go through the UNet together unless the user says how many pictures: more gain
+/// little, and each 512×512 takes some 300 MB.
+pub(super) const AUTO_PIXELS: usize = 1 << 18;
+
+/// One of the pictures that are made together.
+pub(super) struct Order<'a> {
+    /// What it shows, and how.
+    pub job: &'a Job,
+    /// Of its noise.
+    pub seed: u64,
+    /// Where its previews go, if it has any.
+    pub preview: Option<Target>,
+}
+
+/// A picture in the form of its file.
+pub(super) struct Finished {
+    /// Of the picture.
+    pub size: ImageSize,
+    /// The file.
+    pub png: Vec<u8>,
+    /// How it was made.
+    pub settings: Settings,
+}
+
+/// Paints pictures that go together, and says in each how it was made.
+///
+/// # Errors
+/// If one cannot be made, or the user interrupts.
+pub(super) fn paint(
+    orders: &[Order<'_>],
+    painter: &mut dyn Painter,
+    teller: &Teller<'_>,
+) -> Result<Vec<Finished>> {
+    let default = painter.default_size();
+    let requests: Vec<_> =
+        orders.iter().map(|order| picture_request(order.job, order.seed, default)).collect();
+    let size = requests.first().map_or(default, |first| first.size);
+    let tell = |index, step, file: &Path| teller.preview(index, step, &file.to_string_lossy());
+    let targets = orders.iter().map(|order| order.preview.clone());
+    let previews = Previews::new(teller, size, targets, &tell);
+    let painted = painter.paint(&requests, &previews)?;
+    drop(previews);
+    // Whoever interrupts does not want the pictures that were nearly done.
+    teller.check()?;
+    let provenance = painter.provenance()?;
+    let finish = |((order, request), picture): ((&Order<'_>, &PictureRequest<'_>), &Picture)| {
+        let Order { job, seed, .. } = *order;
+        let sampler = job.scheduler.map_or(painter.sampler(), |kind| kind.label());
+        let parameters = Parameters {
+            prompt: job.prompt.clone(),
+            negative_prompt: job.negative_prompt.clone(),
+            steps: request.steps,
+            sampler: sampler.to_owned(),
+            guidance_scale: request.guidance_scale,
+            seed,
+            size: picture.size(),
+            model: job.model.short_name(),
+        };
+        let settings = Settings::new(job, seed, picture.size(), provenance.clone());
+        let png = picture.to_png(&parameters, &settings.to_json())?;
+        Ok(Finished { size: picture.size(), png, settings })
+    };
+    orders.iter().zip(&requests).zip(&painted).map(finish).collect()
+}
+
+/// One of the job's pictures, on a model that was trained for `size`.
+pub(super) fn picture_request(job: &Job, seed: u64, size: ImageSize) -> PictureRequest<'_> {
+    PictureRequest {
+        prompt: &job.prompt,
+        negative_prompt: &job.negative_prompt,
+        seed,
+        steps: job.steps.get(),
+        guidance_scale: job.guidance_scale.get(),
+        size: job.size.or(size),
+        scheduler: job.scheduler,
+        preview_every: job.preview,
+    }
+}
