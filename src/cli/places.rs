@@ -58,7 +58,8 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// Opens the devices of a plan that is resolved; `settings` are the processor's. A run that `holds_another` worker's session already does not wait for one here.
+    /// Opens the devices of a plan that is resolved; `settings` are the processor's. A run that
+    /// `holds_another` worker's session already does not wait for one here.
     ///
     /// # Errors
     /// If a device is not there.

@@ -76,19 +76,19 @@ const SEED: &str = "Seed of jobs that have none of their own [default: of each, 
 
 const OUTPUT: &str = "Names of the pictures in DIR [default: {line}-{seed}.png]";
 
-const OUTPUT_LONG: &str = "\
-Names of the pictures in DIR [default: {line}-{seed}.png]
+const OUTPUT_LONG: &str = "Names of the pictures in DIR [default: {line}-{seed}.png]
 
-{line} (five digits), {seed} and {index} (from 1, of a job's pictures) are filled in; with a count
-above 1 and neither {seed} nor {index}, -INDEX goes before the suffix. Folders in DIR are made. What
-is there is replaced.";
+{line} (five digits), {seed} and {index} (from 1, of a job's pictures) are filled in; with a \
+count above 1 and neither {seed} nor {index}, -INDEX goes before the suffix. Folders in DIR are \
+made. What is there is replaced.";
 
 const DEVICE: &str = "Where it is computed; several devices share the jobs";
 
-const DEVICE_LONG: &str = "\
-Where it is computed: auto, cpu, quic://… of a worker, @FILE with such a URL, or mock; or
-text=DEVICE,unet=DEVICE,vae=DEVICE. Given several times, each device takes the next job when it is
-free, and one that is gone gives its job back to the others.";
+const DEVICE_LONG: &str = "Where it is computed: auto, cpu, quic://… of a worker, @FILE, or mock
+
+@FILE has the URL of a worker; text=DEVICE,unet=DEVICE,vae=DEVICE places the stages. Given several \
+times, each device takes the next pictures when it is free, and one that is gone gives its \
+pictures back to the others.";
 
 const AFTER_HELP: &str = "\
 JOBS has one job a line; empty lines are none. A line is one of

@@ -81,7 +81,7 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// Where a picture is, as somebody can open it who is where this program is.
+    /// Where a picture is, for people and programs that are where this one is.
     pub fn path(&self, task: &Task) -> String {
         self.batch.folder.join(&task.output).to_string_lossy().into_owned()
     }

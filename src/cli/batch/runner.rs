@@ -2,7 +2,7 @@
 //! next picture when it is free. Separate because here is all that runs at once.
 
 use std::collections::VecDeque;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -146,10 +146,15 @@ impl<'a> Runner<'a> {
         self.batch.tasks.first().is_some_and(|task| task.job.stats)
     }
 
+    /// Where a picture goes.
+    fn place(&self, work: &Work<'_>) -> PathBuf {
+        self.batch.folder.join(&work.task.output)
+    }
+
     /// The pictures that can be written, before minutes are spent on them.
     fn with_places(&self, group: Vec<Work<'a>>) -> Vec<Work<'a>> {
         let can_be_written = |work: &Work<'_>| {
-            let checked = files::check_batch_place(&self.batch.folder.join(&work.task.output));
+            let checked = files::check_batch_place(&self.place(work));
             checked.map_err(|error| self.failed(work, &error)).is_ok()
         };
         group.into_iter().filter(can_be_written).collect()
@@ -171,11 +176,11 @@ impl<'a> Runner<'a> {
         let stream = self.report.stream;
         let teller = Teller { stream, device, pictures: &names, progress: &watch };
         display.begin(title(group));
-        let order = |(work, path): (&Work<'a>, &String)| {
-            let preview = Some(Target::Replace(before_suffix(Path::new(path), "-preview")));
-            Order { job: &work.task.job, seed: work.task.seed, preview }
-        };
-        let orders: Vec<_> = group.iter().zip(&paths).map(order).collect();
+        let preview = |work| Some(Target::Replace(before_suffix(&self.place(work), "-preview")));
+        let orders: Vec<_> = group
+            .iter()
+            .map(|work| Order { job: &work.task.job, seed: work.task.seed, preview: preview(work) })
+            .collect();
         let painted = paint(&orders, painter, &teller);
         // Whatever failed, this is why.
         teller.check().map_err(Failure::OfBatch)?;
@@ -183,7 +188,7 @@ impl<'a> Runner<'a> {
         for (((work, path), picture), Finished { size, png, .. }) in
             group.iter().zip(&paths).zip(&names).zip(painted)
         {
-            if let Err(error) = files::write_in_batch(Path::new(path), &png) {
+            if let Err(error) = files::write_in_batch(&self.place(work), &png) {
                 self.failed(work, &error);
                 continue;
             }

@@ -1,6 +1,6 @@
-//! Numbers that are kept in half the memory, if that loses nothing. Separate because no kernel reads
-//! them: they are widened again for each op. Most models are published in f16, so that the f32 that
-//! kernels compute with says no more than that.
+//! Numbers that are kept in half the memory, if that loses nothing. Separate because no kernel
+//! reads them: they are widened again for each op. Most models are published in f16, so that the
+//! f32 that kernels compute with says no more than that.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
