@@ -112,6 +112,7 @@ fn a_picture_carries_everything_that_determined_it() {
     let there = paint("there.png", "mock");
     assert_eq!(there.key(), here.key());
     assert_eq!((&*there.device, &there.model), ("mock", &here.model));
+    assert_eq!(there.kernel_path, here.kernel_path);
 }
 
 /// The flags that ask for a case.

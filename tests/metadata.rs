@@ -220,6 +220,15 @@ fn verify_says_whether_a_picture_comes_out_the_same_and_what_is_not_as_recorded(
         assert!(stdout.contains(expected), "{words:?}: {stdout}");
         assert!(!stdout.contains(&worker.url), "{stdout}");
     }
+    // Other kernels are named, whatever the picture came to.
+    let recorded = json(folder.path(), &["info", "fox.png", "--json"], 0);
+    let kernels = recorded["record"]["kernel_path"].as_str().unwrap();
+    let mut slow = command(folder.path(), env!("CARGO_BIN_EXE_tiny-sd"));
+    slow.env("TINY_SD_ISA", "portable").args(["verify", "fox.png"]);
+    let said = String::from_utf8(slow.output().unwrap().stdout).unwrap();
+    let difference = format!("kernels: {kernels} is recorded, portable is here");
+    assert_eq!(said.contains(&difference), kernels != "portable", "{said}");
+
     let found = json(folder.path(), &["verify", "edited.png", "--json"], 1);
     assert_eq!((&found["is_exact"], &found["differences"]), (&false.into(), &Value::Array(vec![])));
     assert!(found["psnr_db"].as_f64().unwrap() > 50.0);

@@ -10,7 +10,7 @@ use crate::progress::{Event, Progress};
 use crate::remote::client::{Session, Stage};
 use crate::remote::device::Device;
 use crate::remote::digests::Digests;
-use crate::remote::hello::Hello;
+use crate::remote::hello::{Hello, kernel_path};
 use crate::remote::quic::client::{CONNECT_TIMEOUT, Connection, connect};
 use crate::remote::quic::server::Server;
 use crate::remote::trust::Identity;
@@ -21,7 +21,7 @@ use crate::remote::{PROTOCOL_VERSION, schema};
 pub(super) struct Link {
     session: Arc<Session>,
     // Dropped in this order: first the connection, then the worker at its other end.
-    _connection: Connection,
+    connection: Connection,
     _mock: Option<Server>,
 }
 
@@ -74,15 +74,13 @@ impl Link {
         };
         let connection = connect(url, session.clone(), hello, CONNECT_TIMEOUT, &mut waits)?;
         session.set_waker(connection.waker());
-        Ok(Self { session, _connection: connection, _mock: mock })
+        Ok(Self { session, connection, _mock: mock })
     }
 
     /// The device at the other end.
     pub fn device(&self) -> Device {
-        match Digests::of_user() {
-            Some(digests) => Device::with_digests(self.session.clone(), digests),
-            None => Device::new(self.session.clone()),
-        }
+        let kernel_path = kernel_path(self.connection.greeting()).map(str::to_owned);
+        Device::with(self.session.clone(), Digests::of_user(), kernel_path)
     }
 
     /// Whether the connection lasts.

@@ -233,6 +233,7 @@ fn serve(
     worker: Worker<cpu::Storage>,
     library: DiskLibrary,
 ) -> Result<Server> {
+    let limits = Limits { kernel_path: Some(cpu::kernel_path().into()), ..limits };
     let hello = hello::Hello { version: PROTOCOL_VERSION, schema: crate::remote::schema() };
     server::serve(address, identity, hello, limits, move |info| {
         let span = tracing::info_span!("session", number = info.number);

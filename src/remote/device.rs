@@ -26,17 +26,23 @@ pub struct Device(Arc<Inner>);
 struct Inner {
     session: Arc<Session>,
     uploads: Uploads,
+    kernel_path: Option<String>,
 }
 
 impl Device {
     /// The device behind `session`, which forgets the digests of weights with it.
     pub fn new(session: Arc<Session>) -> Self {
-        Self(Arc::new(Inner { session, uploads: Uploads::default() }))
+        Self::with(session, None, None)
     }
 
-    /// The device behind `session`, which remembers the digests of weights in `digests`.
-    pub fn with_digests(session: Arc<Session>, digests: Digests) -> Self {
-        Self(Arc::new(Inner { session, uploads: Uploads::new(Some(digests)) }))
+    /// The device behind `session`, which remembers the digests of weights in `digests`, if there
+    /// are any, and whose kernels have a name, if the worker said it.
+    pub fn with(
+        session: Arc<Session>,
+        digests: Option<Digests>,
+        kernel_path: Option<String>,
+    ) -> Self {
+        Self(Arc::new(Inner { session, uploads: Uploads::new(digests), kernel_path }))
     }
 
     /// The session.
@@ -129,6 +135,10 @@ impl crate::backend::Device for Device {
 
     fn name(&self) -> String {
         self.session().name().to_string()
+    }
+
+    fn kernel_path(&self) -> Option<String> {
+        self.0.kernel_path.clone()
     }
 
     fn default_dtype(&self) -> DType {

@@ -167,6 +167,25 @@ pub fn readable(bytes: &[u8]) -> String {
     text.chars().take(MAX_TEXT_BYTES).map(printable).collect()
 }
 
+/// Before the name of a worker's kernels in its welcome.
+const KERNELS: &str = ", kernels ";
+/// Longest name of kernels that is believed, in bytes.
+const MAX_KERNELS_LEN: usize = 64;
+
+/// A welcome's text: what of the worker is in use, and which kernels its device has.
+pub fn greeting(running: usize, most: usize, kernel_path: Option<&str>) -> String {
+    let kernels = kernel_path.map(|path| format!("{KERNELS}{path}")).unwrap_or_default();
+    format!("session {running} of {most}{kernels}")
+}
+
+/// The kernels that a welcome names: an older worker names none.
+pub fn kernel_path(greeting: &str) -> Option<&str> {
+    let (_, path) = greeting.split_once(KERNELS)?;
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-_+.".contains(c);
+    let is_name = !path.is_empty() && path.len() <= MAX_KERNELS_LEN && path.chars().all(is_allowed);
+    is_name.then_some(path)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -217,5 +236,16 @@ mod tests {
     #[test]
     fn a_strangers_text_cannot_drive_the_terminal() {
         assert_eq!(readable(b"a\x1b[2Jb\nc\xff"), "a [2Jb c\u{fffd}");
+    }
+
+    #[test]
+    fn a_welcome_names_the_kernels_and_what_is_no_name_is_none() {
+        let check = |text: &str, expected| assert_eq!(kernel_path(text), expected, "{text}");
+        assert_eq!(greeting(1, 4, None), "session 1 of 4");
+        check(&greeting(1, 4, Some("avx512")), Some("avx512"));
+        check(&greeting(1, 4, None), None);
+        check("x, kernels ", None);
+        check("x, kernels a b", None);
+        check(&format!("x, kernels {}", "a".repeat(65)), None);
     }
 }

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use crate::remote::admission::{Admission, Caps, Verdict};
-use crate::remote::hello::{Answer, HELLO_BYTES, Hello, Status};
+use crate::remote::hello::{Answer, HELLO_BYTES, Hello, Status, greeting};
 use crate::remote::queue::{Entry, Queue, Ticket};
 use crate::remote::transport::{Waker, WorkerEnd};
 use crate::remote::trust::{Identity, Token};
@@ -43,6 +43,8 @@ pub struct Limits {
     pub strangers: Caps,
     /// UDP payload that clients may send, 1200 to [`MAX_MTU`]: where it fits the path is found out.
     pub max_packet_bytes: u16,
+    /// The kernels of the worker's device, which its welcome names.
+    pub kernel_path: Option<String>,
 }
 
 impl Default for Limits {
@@ -56,6 +58,7 @@ impl Default for Limits {
             hello_timeout: Duration::from_secs(5),
             strangers,
             max_packet_bytes: MAX_MTU,
+            kernel_path: None,
         }
     }
 }
@@ -458,7 +461,8 @@ impl Worker {
         // A stream that is open cannot refuse a priority.
         let _ = send.set_priority(FRAME_PRIORITY);
         let running = lock(&self.queue).running();
-        let text = format!("session {running} of {}", self.limits.max_sessions);
+        let Limits { max_sessions, kernel_path, .. } = &self.limits;
+        let text = greeting(running, *max_sessions, kernel_path.as_deref());
         tracing::info!(number, %address, running, "session begins");
         let session = Session { number, end, wake, connection };
         let welcome = Answer::new(Status::Welcome, text).encode();
