@@ -134,6 +134,10 @@ fn what_is_no_picture_and_no_model_is_one_line() {
         assert_eq!((stdout.as_str(), stderr.lines().count()), ("", 1), "{words:?}: {stderr}");
         assert!(stderr.starts_with("error: ") && stderr.contains(expected), "{stderr}");
     }
+    let mut command = command(folder.path(), env!("CARGO_BIN_EXE_tiny-sd"));
+    let output = command.env("TINY_SD_MODEL", "nope").arg("a fox").output().unwrap();
+    let (_, stderr) = ends_with(2, &output);
+    assert!(stderr.contains("(which TINY_SD_MODEL says)"), "{stderr}");
 }
 
 #[test]

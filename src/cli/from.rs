@@ -184,14 +184,13 @@ impl Filling<'_> {
         if (self.is_given)("model") {
             return Ok(false);
         }
-        let advice = |error: Error| error.context("its model; --model says where it is here");
         // A name that Windows would send credentials to is no folder of anybody's.
         let is_share = model.source.starts_with(r"\\") || model.source.starts_with("//");
-        let source: ModelSource = match is_share {
-            true => Err(Error::usage(format!("{:?} is on another machine", model.source))),
-            false => value("model", &model.source),
+        if is_share {
+            let text = "its model is on another machine; --model says where it is here";
+            return Err(Error::usage(text));
         }
-        .map_err(advice)?;
+        let source: ModelSource = value("model", &model.source)?;
         let name = |id: &str, name: &Option<String>| {
             name.as_deref().map(|name| value(id, name)).transpose()
         };
@@ -417,7 +416,7 @@ mod tests {
             (record("\"steps\":3", "\"steps\":3000"), "|--steps|5", ""),
             (record("\"width\":128", "\"width\":4000000000"), "", "give --width"),
             (record("7.1", "-1.0"), "", "its guidance scale \"-1\""),
-            (record("org/name", "none"), "", "--model says where it is here"),
+            (record("org/name", "none"), "", "its model \"none\": there is no such folder"),
             (record("org/name", r"\\\\evil\\share"), "", "is on another machine"),
             (record("\"ddim\"", "\"evil\""), "|-m|a/b", "--scheduler \"evil\" is unknown"),
             (with_text("x\nSteps: 2, Seed: -1, Size: 8x8"), "", "its seed \"-1\""),

@@ -5,6 +5,7 @@
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
 
+use clap::error::ContextKind;
 use clap::{CommandFactory, FromArgMatches};
 
 use super::args::{Args, ModelArgs, PictureArgs, RunArgs};
@@ -261,7 +262,12 @@ pub(super) fn usage(error: &clap::Error) -> Error {
         message.push_str(separator);
         message.push_str(line.strip_prefix("tip: ").unwrap_or(line));
     }
-    Error::usage(format!("{message}; see tiny-sd --help"))
+    let value = error.get(ContextKind::InvalidValue).map(ToString::to_string);
+    let source = match std::env::var("TINY_SD_MODEL").ok() {
+        Some(model) if Some(&model) == value.as_ref() => " (which TINY_SD_MODEL says)",
+        Some(_) | None => "",
+    };
+    Error::usage(format!("{message}{source}; see tiny-sd --help"))
 }
 
 #[cfg(test)]

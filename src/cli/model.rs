@@ -28,6 +28,23 @@ impl ModelSource {
     }
 }
 
+impl ModelSource {
+    /// As it is recorded in pictures: a folder is written so that it is read as one again, also
+    /// where there is none.
+    pub fn recorded(&self) -> String {
+        match self {
+            ModelSource::Hub(repo) => repo.clone(),
+            ModelSource::Folder(path) => {
+                let text = path.to_string_lossy();
+                match is_written_like_a_path(&text) || path.is_absolute() {
+                    true => text.into_owned(),
+                    false => format!("./{text}"),
+                }
+            }
+        }
+    }
+}
+
 impl fmt::Display for ModelSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -158,6 +175,20 @@ mod tests {
         for text in ["", "..", "../x", "a/../b", "/etc", "a//b", "a b", "a?b", "a#b", "a\\b", "é"]
         {
             assert!(text.parse::<HubName>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_folder_that_looks_like_a_repository_is_recorded_as_a_folder() {
+        for (source, expected) in [
+            (ModelSource::Hub("org/name".into()), "org/name"),
+            (ModelSource::Folder("org/name".into()), "./org/name"),
+            (ModelSource::Folder("../name".into()), "../name"),
+            (ModelSource::Folder("/a/b".into()), "/a/b"),
+        ] {
+            assert_eq!(source.recorded(), expected);
+            let again = expected.parse::<ModelSource>().unwrap();
+            assert_eq!(matches!(again, ModelSource::Hub(_)), matches!(source, ModelSource::Hub(_)));
         }
     }
 }

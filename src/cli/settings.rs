@@ -5,7 +5,6 @@
 use serde::{Deserialize, Serialize};
 
 use super::job::Job;
-use super::model::ModelSource;
 use crate::error::{Error, Result};
 use crate::image::ImageSize;
 use crate::pipeline::PIPELINE_VERSION;
@@ -108,10 +107,7 @@ impl Settings {
             resolved_scheduler: scheduler.unwrap_or(provenance.scheduler),
             dtype: provenance.dtype,
             model: ModelRecord {
-                source: match &job.model {
-                    ModelSource::Hub(name) => name.clone(),
-                    ModelSource::Folder(path) => path.to_string_lossy().into_owned(),
-                },
+                source: job.model.recorded(),
                 revision: job.revision.as_ref().map(|name| name.as_str().into()),
                 variant: job.variant.as_ref().map(|name| name.as_str().into()),
                 weights_hash: provenance.weights_hash,
