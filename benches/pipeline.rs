@@ -1,12 +1,14 @@
 //! The three models at a middle size, 256×256 pixels, beside candle-transformers' with the same
-//! weights: `cargo bench --bench pipeline [-- unet]`.
+//! weights, and the UNet's evaluation of several pictures together beside that of one:
+//! `cargo bench --bench pipeline [-- unet]`. With the folder of a model in TINY_SD_BENCH_MODEL the
+//! latter is of that model.
 
 use std::hint::black_box;
 use std::time::Duration;
 
 use candle_core::{DType, Device as CandleDevice, Tensor as Candle};
 use candle_nn::VarBuilder;
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use serde_json::{Value, json};
 use tiny_sd::Result;
 use tiny_sd::backend::cpu::{Device, Storage};
@@ -17,7 +19,7 @@ use tiny_sd::model::{Decoder, TextEncoder, UNet};
 use tiny_sd::nn::Loader;
 use tiny_sd::rng::Generator;
 use tiny_sd::tensor::Tensor;
-use tiny_sd::weights::{Checkpoint, Component};
+use tiny_sd::weights::{Checkpoint, Component, ModelFolder};
 
 #[path = "../tests/peer.rs"]
 mod peer;
@@ -90,13 +92,17 @@ fn text_encoder(criterion: &mut Criterion, device: &Device) -> Result<()> {
     )
 }
 
-fn unet(criterion: &mut Criterion, device: &Device) -> Result<()> {
-    let config = json!({
+fn unet_config() -> Value {
+    json!({
         "block_out_channels": [64, 128, 256], "attention_head_dim": 8, "layers_per_block": 1,
         "cross_attention_dim": TEXT_WIDTH,
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    });
+    })
+}
+
+fn unet(criterion: &mut Criterion, device: &Device) -> Result<()> {
+    let config = unet_config();
     let parsed = UNetConfig::parse(&config)?;
     let candle = |weights: VarBuilder<'_>| peer::unet(&config, weights);
     let (ours, candle) =
@@ -112,6 +118,45 @@ fn unet(criterion: &mut Criterion, device: &Device) -> Result<()> {
         || ours.forward(&latents, &timestep, &text),
         || candle.forward(&candle_latents, 500.0, &candle_text),
     )
+}
+
+/// What a picture costs when several go through the UNet together: `--batch-size`.
+fn together(criterion: &mut Criterion, device: &Device) -> Result<()> {
+    let (config, checkpoint) = match std::env::var_os("TINY_SD_BENCH_MODEL") {
+        Some(folder) => {
+            let folder = ModelFolder::open(folder)?;
+            (folder.config(Component::Unet)?, folder.checkpoint(Component::Unet, None)?)
+        }
+        None => {
+            let config = unet_config();
+            let candle = |weights: VarBuilder<'_>| peer::unet(&config, weights);
+            (config.clone(), peer::random(Component::Unet, SEED, candle)?)
+        }
+    };
+    let width = config["cross_attention_dim"].as_u64().unwrap_or_default() as usize;
+    let parsed = UNetConfig::parse(&config)?;
+    let unet = UNet::load(parsed, Loader::new(&checkpoint, device, DType::F32, &mut |_| Ok(())))?;
+    let timestep = Tensor::from_slice(&[500f32], 1, device)?;
+    for side in [LATENT_SIDE, 2 * LATENT_SIDE] {
+        let mut group = criterion.benchmark_group(format!(
+            "unet step with guidance, {}x{}",
+            8 * side,
+            8 * side
+        ));
+        group.sample_size(10).warm_up_time(Duration::from_millis(500));
+        group.measurement_time(Duration::from_secs(3));
+        for pictures in [1, 2, 4] {
+            let (latents, _) = noise(&[2 * pictures, 4, side, side], device)?;
+            let (text, _) = noise(&[2 * pictures, TOKENS, width], device)?;
+            let text = unet.text_key_values(&text)?;
+            group.throughput(Throughput::Elements(pictures as u64));
+            group.bench_function(format!("{pictures} together"), |bencher| {
+                bencher.iter(|| black_box(unet.forward(&latents, &timestep, &text)).is_ok());
+            });
+        }
+        group.finish();
+    }
+    Ok(())
 }
 
 fn vae(criterion: &mut Criterion, device: &Device) -> Result<()> {
@@ -139,6 +184,7 @@ fn all(criterion: &mut Criterion) {
         let device = Device::with_threads(0)?;
         text_encoder(criterion, &device)?;
         unet(criterion, &device)?;
+        together(criterion, &device)?;
         vae(criterion, &device)
     };
     if let Err(error) = run(criterion) {
