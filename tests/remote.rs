@@ -33,8 +33,9 @@ fn a_worker_makes_the_very_pixels_that_the_cpu_makes() {
 fn a_worker_inside_of_the_process_does_too_and_several_pictures_share_one_recording() {
     let folder = tempfile::tempdir().unwrap();
     let (here, there) = (folder.path().join("here.png"), folder.path().join("there.png"));
-    succeeds(&paint("tiny", "cpu", &here, &["--count", "2"]));
-    let stderr = succeeds(&paint("tiny", "mock", &there, &["--count", "2"]));
+    let one_by_one = ["--count", "2", "--batch-size", "1"];
+    succeeds(&paint("tiny", "cpu", &here, &one_by_one));
+    let stderr = succeeds(&paint("tiny", "mock", &there, &one_by_one));
     for n in [1, 2] {
         let file = |name: &str| picture(&folder.path().join(format!("{name}-{n}.png")));
         assert_eq!(file("here"), file("there"));
