@@ -53,6 +53,16 @@ fn every_path_makes_the_same_picture() {
 }
 
 #[test]
+fn a_picture_in_little_memory_is_the_same() {
+    for dtype in ["f32", "bf16"] {
+        let whole = picture("7", &["--dtype", dtype], &[]);
+        let small = picture("7", &["--dtype", dtype, "--low-memory"], &[]);
+        let (decibels, least) = (psnr(&small, &whole), if dtype == "f32" { 60.0 } else { 35.0 });
+        assert!(decibels >= least, "{dtype}: {decibels:.1} dB");
+    }
+}
+
+#[test]
 fn the_number_of_threads_changes_no_bit_of_a_picture() {
     for dtype in ["f32", "bf16"] {
         let [one, more @ ..] = ["1", "2", "3"]

@@ -246,8 +246,8 @@ Environment:
   HF_HUB_OFFLINE    1 is --offline
   TINY_SD_MODEL     what --model is where it is not given
   TINY_SD_DEVICE    what --device auto means: whatever --device takes
-  TINY_SD_ISA       kernels of the CPU: avx512bf16, avx512, avx2 or portable [default: the best
-                    that the processor has]
+  TINY_SD_ISA       kernels of the CPU: avx512bf16, avx512, avx2, neon or portable [default: the
+                    best that the processor has]
 
 Exit codes:
   0    the pictures are written

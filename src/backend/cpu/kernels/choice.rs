@@ -13,7 +13,6 @@ const VARIABLE: &str = "TINY_SD_ISA";
 /// A way through the kernels. Each gives pictures of its own bits: products are rounded in other
 /// ways.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "other processors have none"))]
 pub enum Path {
     /// AVX-512 F with products of bf16 in hardware.
     Avx512Bf16,
@@ -21,12 +20,14 @@ pub enum Path {
     Avx512,
     /// AVX2 and FMA.
     Avx2,
+    /// NEON, which every 64-bit ARM processor has.
+    Neon,
     /// What every processor of the target has.
     Portable,
 }
 
 impl Path {
-    const ALL: [Self; 4] = [Path::Avx512Bf16, Path::Avx512, Path::Avx2, Path::Portable];
+    const ALL: [Self; 5] = [Path::Avx512Bf16, Path::Avx512, Path::Avx2, Path::Neon, Path::Portable];
 
     /// As the environment and records of pictures call it.
     pub fn name(self) -> &'static str {
@@ -34,6 +35,7 @@ impl Path {
             Path::Avx512Bf16 => "avx512bf16",
             Path::Avx512 => "avx512",
             Path::Avx2 => "avx2",
+            Path::Neon => "neon",
             Path::Portable => "portable",
         }
     }
@@ -43,6 +45,7 @@ impl Path {
         match self {
             Path::Avx512Bf16 | Path::Avx512 => Isa::Avx512,
             Path::Avx2 => Isa::Avx2,
+            Path::Neon => Isa::Neon,
             Path::Portable => Isa::Portable,
         }
     }
@@ -53,7 +56,7 @@ impl Path {
             Path::Avx512Bf16 => is_x86_feature_detected!("avx512bf16"),
             #[cfg(not(target_arch = "x86_64"))]
             Path::Avx512Bf16 => false,
-            Path::Avx512 | Path::Avx2 | Path::Portable => true,
+            Path::Avx512 | Path::Avx2 | Path::Neon | Path::Portable => true,
         };
         has_bf16 && Isa::available().contains(&self.isa())
     }

@@ -8,6 +8,8 @@ use std::ops::Neg;
 use std::thread::LocalKey;
 
 use super::element::{As, Element};
+#[cfg(target_arch = "aarch64")]
+use super::neon::neon;
 use super::simd::Isa;
 use super::spare::Kept;
 
@@ -117,8 +119,8 @@ impl Isa {
     pub fn rows(self, width: usize) -> usize {
         match (self, width) {
             (Isa::Avx512, _) => 14,
-            (Isa::Avx2, WIDTH) => 3,
-            (Isa::Avx2, _) => 6,
+            (Isa::Avx2 | Isa::Neon, WIDTH) => 3,
+            (Isa::Avx2 | Isa::Neon, _) => 6,
             (Isa::Portable, _) => 4,
         }
     }
@@ -216,6 +218,10 @@ impl Unit for f32 {
             (Isa::Avx2, WIDTH) => with_rows!(rows, avx2, 4, args, [1 2 3]),
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx2, _) => with_rows!(rows, avx2, 2, args, [1 2 3 4 5 6]),
+            #[cfg(target_arch = "aarch64")]
+            (Isa::Neon, WIDTH) => with_rows!(rows, neon, 8, args, [1 2 3]),
+            #[cfg(target_arch = "aarch64")]
+            (Isa::Neon, _) => with_rows!(rows, neon, 4, args, [1 2 3 4 5 6]),
             (_, WIDTH) => {
                 for half in [0, HALF] {
                     let Args { b, c, .. } = args;

@@ -20,6 +20,8 @@ mod linear;
 mod matrix;
 mod memory;
 mod micro;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod norm;
 mod pair;
 mod pointwise;

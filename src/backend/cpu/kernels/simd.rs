@@ -5,12 +5,13 @@ use super::choice;
 
 /// The instructions that kernels are compiled for; which of them run, [`choice`] says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "other processors have none"))]
 pub enum Isa {
     /// x86-64 with AVX-512 F.
     Avx512,
     /// x86-64 with AVX2 and FMA.
     Avx2,
+    /// 64-bit ARM.
+    Neon,
     /// What every processor of the target has.
     Portable,
 }
@@ -24,11 +25,9 @@ impl Isa {
     /// Whether it multiplies pairs of bf16 into sums of f32 (AVX-512 BF16).
     pub fn multiplies_bf16(self) -> bool {
         match self {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => is_x86_feature_detected!("avx512bf16"),
-            #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx512 => false,
-            Isa::Avx2 | Isa::Portable => false,
+            // Unless the environment takes the other path of AVX-512.
+            Isa::Avx512 => choice::chosen() == choice::Path::Avx512Bf16,
+            Isa::Avx2 | Isa::Neon | Isa::Portable => false,
         }
     }
 
@@ -43,7 +42,10 @@ impl Isa {
                 return &[Isa::Avx2, Isa::Portable];
             }
         }
-        &[Isa::Portable]
+        match cfg!(target_arch = "aarch64") {
+            true => &[Isa::Neon, Isa::Portable],
+            false => &[Isa::Portable],
+        }
     }
 }
 
@@ -102,7 +104,9 @@ macro_rules! for_each_isa {
                 #[cfg(not(target_arch = "x86_64"))]
                 $crate::backend::cpu::kernels::simd::Isa::Avx512
                 | $crate::backend::cpu::kernels::simd::Isa::Avx2 => portable($($arg),*),
-                $crate::backend::cpu::kernels::simd::Isa::Portable => portable($($arg),*),
+                // What every processor of the target has includes NEON where that is.
+                $crate::backend::cpu::kernels::simd::Isa::Neon
+                | $crate::backend::cpu::kernels::simd::Isa::Portable => portable($($arg),*),
             }
         }
     };
