@@ -37,12 +37,14 @@ NEGATIVE = "ugly, blurry"
 FRACTIONAL_TIMESTEP = 333.25
 
 
-def load(folder: Path, variant: str | None = None) -> StableDiffusionPipeline:
+def load(
+    folder: Path, variant: str | None = None, dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline:
     for library in [diffusers_logging, transformers_logging]:
         library.set_verbosity(library.CRITICAL)  # pickles are what is meant to be loaded
         library.disable_progress_bar()
     pipe = StableDiffusionPipeline.from_pretrained(
-        folder, dtype=torch.float32, variant=variant, safety_checker=None
+        folder, dtype=dtype, variant=variant, safety_checker=None
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
