@@ -6,6 +6,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::super::Storage;
+use super::choice;
 use super::element::{As, Element, with_number};
 use super::flash::{Head, QUERIES, Scale, Seen};
 use super::matrix::with_scratch;
@@ -19,7 +20,7 @@ use crate::error::{Error, Result};
 
 /// See [`Attention`]; `(batch, queries, heads · head_dim)`, row-major.
 pub fn attention(op: &Attention, args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuStorage> {
-    if meta.dtype == DType::BF16 && Isa::detect().multiplies_bf16() {
+    if meta.dtype == DType::BF16 && choice::chosen().multiplies_bf16() {
         return attend::<bf16, Pair>(op, args);
     }
     with_number!(meta.dtype, T => attend::<T, f32>(op, args))

@@ -50,6 +50,14 @@ impl Path {
         }
     }
 
+    /// Whether products of bf16 are of pairs as they are, summed in f32.
+    pub fn multiplies_bf16(self) -> bool {
+        match self {
+            Path::Avx512Bf16 => true,
+            Path::Avx512 | Path::Avx2 | Path::Neon | Path::Portable => false,
+        }
+    }
+
     fn is_available(self) -> bool {
         let has_bf16 = match self {
             #[cfg(target_arch = "x86_64")]

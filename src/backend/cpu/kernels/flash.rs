@@ -101,8 +101,7 @@ impl<'a, U: Weight> Head<'a, U> {
         let keys = key.par_chunks_mut(size * seen.depth::<U>());
         let values = value.par_chunks_mut(size / U::NUMBERS * seen.head_dim);
         keys.zip(values).enumerate().for_each(|(i, (key, value))| {
-            // What fills up the last units counts as 0.
-            key.fill(U::default());
+            // What fills up the last unit of an odd number of keys counts as 0.
             value.fill(U::default());
             let (k0, count) = (i * size, size.min(seen.keys - i * size));
             pack_keys(isa, seen, count, |k| key_row(k0 + k), key);
@@ -142,19 +141,17 @@ impl<'a, U: Weight> Head<'a, U> {
         let packed = &mut packed[..count * depth * WIDTH];
         // Lanes without a query compute with zeros.
         packed.fill(U::default());
-        let mut row = vec![U::Number::default(); self.seen.head_dim];
-        let mut turned = row.clone();
+        let mut row = vec![U::default(); depth];
         for (panel, first) in
             packed.chunks_exact_mut(depth * WIDTH).zip((0..queries).step_by(WIDTH))
         {
             for q in first..queries.min(first + WIDTH) {
-                let mut numbers = T::read(query(q), &mut row);
+                read(query(q), &mut row);
                 if scale.0 < 0.0 {
                     // So that the largest score stays the largest.
-                    turned.iter_mut().zip(numbers).for_each(|(to, from)| *to = -*from);
-                    numbers = &turned;
+                    U::numbers(&mut row).iter_mut().for_each(|number| *number = -*number);
                 }
-                interleave(numbers, U::numbers(panel), U::NUMBERS, WIDTH, q - first);
+                spread(&row, panel, WIDTH, q - first);
             }
         }
         let sums = &mut sums[..count * self.seen.head_dim * WIDTH];
@@ -210,12 +207,12 @@ fn pack_keys<'r, U: Unit, T: As<U::Number> + Element>(
     row: impl Fn(usize) -> &'r [T],
     to: &mut [U],
 ) {
-    let (depth, mut buffer) = (seen.depth::<U>(), vec![U::Number::default(); seen.head_dim]);
+    let (depth, mut units) = (seen.depth::<U>(), vec![U::default(); seen.depth::<U>()]);
     for (first, end) in strips(isa, count) {
-        let strip = U::numbers(&mut to[first * depth..end * depth]);
+        let strip = &mut to[first * depth..end * depth];
         for k in first..end {
-            let numbers = T::read(row(k), &mut buffer);
-            interleave(numbers, strip, U::NUMBERS, end - first, k - first);
+            read(row(k), &mut units);
+            spread(&units, strip, end - first, k - first);
         }
     }
 }
@@ -242,10 +239,17 @@ fn pack_values<'r, U: Unit, T: As<U::Number> + Element>(
     }
 }
 
-/// Spreads a row: its units lie `rows` apart, from the `at`-th on.
-fn interleave<N: Copy>(row: &[N], to: &mut [N], together: usize, rows: usize, at: usize) {
-    for (unit, from) in row.chunks(together).enumerate() {
-        to[(unit * rows + at) * together..][..from.len()].copy_from_slice(from);
+/// A row as units, the last filled up with 0.
+fn read<U: Unit, T: As<U::Number>>(from: &[T], to: &mut [U]) {
+    let (numbers, beyond) = U::numbers(to).split_at_mut(from.len());
+    T::copy(from, numbers);
+    beyond.fill(U::Number::default());
+}
+
+/// Spreads a row: its units come to lie `rows` apart, from the `at`-th on.
+fn spread<U: Copy>(row: &[U], to: &mut [U], rows: usize, at: usize) {
+    for (to, from) in to[at..].iter_mut().step_by(rows).zip(row) {
+        *to = *from;
     }
 }
 
@@ -346,7 +350,7 @@ mod tests {
             let seen = Seen { keys, head_dim };
             for &isa in Isa::available() {
                 check::<f32>(isa, queries, seen, scale, causal, 5e-6);
-                if isa.multiplies_bf16() {
+                if Pair::runs_on(isa) {
                     check::<Pair>(isa, queries, seen, scale, causal, 6e-3);
                 }
             }

@@ -64,7 +64,7 @@ fn activate(values: &mut [f32], activation: Activation) {
 for_each_isa! {
     pub fn silu_all(values: &mut [f32]) {
         for x in values {
-            *x = silu(*x);
+            *x = silu::<FUSED>(*x);
         }
     }
 }
@@ -72,7 +72,7 @@ for_each_isa! {
 for_each_isa! {
     pub fn quick_gelu_all(values: &mut [f32]) {
         for x in values {
-            *x = quick_gelu(*x);
+            *x = quick_gelu::<FUSED>(*x);
         }
     }
 }
@@ -80,7 +80,7 @@ for_each_isa! {
 for_each_isa! {
     pub fn gelu_all(values: &mut [f32]) {
         for x in values {
-            *x = gelu(*x);
+            *x = gelu::<FUSED>(*x);
         }
     }
 }

@@ -33,6 +33,9 @@ pub trait Unit: Kept {
     /// The numbers of units, in order.
     fn numbers(units: &mut [Self]) -> &mut [Self::Number];
 
+    /// Whether this processor multiplies it with an instruction set.
+    fn runs_on(isa: Isa) -> bool;
+
     /// The buffer of units that each thread keeps.
     fn scratch() -> &'static LocalKey<RefCell<Vec<Self>>>;
 
@@ -42,7 +45,7 @@ pub trait Unit: Kept {
     /// # Safety
     /// `a` must have `rows` rows of `depth` units, each in [`ROW`] if not `STRIP`; `b` must have
     /// `depth · width`, `c` must have `rows` rows of `width` elements; `rows` must be at most
-    /// [`Isa::rows`]; the processor must have `isa`, and multiply this unit with it.
+    /// [`Isa::rows`]; the processor must have `isa`, and [`runs_on`](Self::runs_on) be true for it.
     unsafe fn kernel<const STRIP: bool>(isa: Isa, rows: usize, width: usize, args: Args<Self>);
 }
 
@@ -77,6 +80,7 @@ pub fn multiply<U: Unit>(
     c_row: usize,
     fresh: bool,
 ) {
+    assert!(U::runs_on(isa), "the processor does not multiply this");
     assert!(rows > 0 && depth <= DEPTH && (width == WIDTH || width == HALF) && c_row >= width);
     assert!(a.len() >= (rows - 1) * ROW + depth && panel.len() >= depth * width);
     assert!(c.len() >= (rows - 1) * c_row + width);
@@ -104,7 +108,7 @@ pub fn multiply_strip<U: Unit>(
     c: &mut [f32],
     fresh: bool,
 ) {
-    assert!(rows > 0 && rows <= isa.rows(WIDTH));
+    assert!(U::runs_on(isa) && rows > 0 && rows <= isa.rows(WIDTH));
     assert!(strip.len() >= rows * depth && panel.len() >= depth * WIDTH);
     assert!(c.len() >= rows * WIDTH);
     let (a, b, c) = (strip.as_ptr(), panel.as_ptr(), c.as_mut_ptr());
@@ -136,6 +140,7 @@ macro_rules! with_rows {
         }
     };
 }
+#[cfg(target_arch = "x86_64")]
 pub(super) use with_rows;
 
 #[cfg(target_arch = "x86_64")]
@@ -195,6 +200,10 @@ impl Unit for f32 {
 
     fn numbers(units: &mut [Self]) -> &mut [f32] {
         units
+    }
+
+    fn runs_on(_: Isa) -> bool {
+        true
     }
 
     fn scratch() -> &'static LocalKey<RefCell<Vec<Self>>> {
@@ -382,7 +391,7 @@ mod tests {
     fn every_instruction_set_multiplies_any_number_of_rows() {
         for &isa in Isa::available() {
             check::<f32>(isa);
-            if isa.multiplies_bf16() {
+            if Pair::runs_on(isa) {
                 check::<Pair>(isa);
             }
         }

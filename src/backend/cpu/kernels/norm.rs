@@ -126,7 +126,7 @@ for_each_isa! {
         let pixels = from.chunks_exact(scale.len()).zip(to.chunks_exact_mut(scale.len()));
         for (from, to) in pixels {
             for (((to, from), scale), shift) in to.iter_mut().zip(from).zip(scale).zip(shift) {
-                *to = silu(from * scale + shift);
+                *to = silu::<FUSED>(from * scale + shift);
             }
         }
     }

@@ -35,6 +35,16 @@ impl Unit for Pair {
         unsafe { std::slice::from_raw_parts_mut(start, len) }
     }
 
+    fn runs_on(isa: Isa) -> bool {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => is_x86_feature_detected!("avx512bf16"),
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx512 => false,
+            Isa::Avx2 | Isa::Neon | Isa::Portable => false,
+        }
+    }
+
     fn scratch() -> &'static LocalKey<RefCell<Vec<Self>>> {
         thread_local! {
             static SCRATCH: RefCell<Vec<Pair>> = const { RefCell::new(Vec::new()) };
@@ -42,18 +52,22 @@ impl Unit for Pair {
         &SCRATCH
     }
 
+    #[cfg(target_arch = "x86_64")]
     unsafe fn kernel<const STRIP: bool>(isa: Isa, rows: usize, width: usize, args: Args<Pair>) {
         match (isa, width) {
-            #[cfg(target_arch = "x86_64")]
             (Isa::Avx512, WIDTH) => {
                 with_rows!(rows, avx512_bf16, 2, args, [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
             }
-            #[cfg(target_arch = "x86_64")]
             (Isa::Avx512, _) => {
                 with_rows!(rows, avx512_bf16, 1, args, [1 2 3 4 5 6 7 8 9 10 11 12 13 14])
             }
             (isa, _) => unreachable!("{isa:?} does not multiply pairs"),
         }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    unsafe fn kernel<const STRIP: bool>(isa: Isa, _: usize, _: usize, _: Args<Pair>) {
+        unreachable!("{isa:?} does not multiply pairs")
     }
 }
 

@@ -45,7 +45,7 @@ fn geglu_of<T: Element>(args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuSt
 for_each_isa! {
     pub fn gated(value: &[f32], gate: &[f32], to: &mut [f32]) {
         for ((to, value), gate) in to.iter_mut().zip(value).zip(gate) {
-            *to = value * gelu(*gate);
+            *to = value * gelu::<FUSED>(*gate);
         }
     }
 }

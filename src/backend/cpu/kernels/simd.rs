@@ -22,15 +22,6 @@ impl Isa {
         choice::chosen().isa()
     }
 
-    /// Whether it multiplies pairs of bf16 into sums of f32 (AVX-512 BF16).
-    pub fn multiplies_bf16(self) -> bool {
-        match self {
-            // Unless the environment takes the other path of AVX-512.
-            Isa::Avx512 => choice::chosen() == choice::Path::Avx512Bf16,
-            Isa::Avx2 | Isa::Neon | Isa::Portable => false,
-        }
-    }
-
     /// All that this processor can run, best first.
     pub fn available() -> &'static [Self] {
         #[cfg(target_arch = "x86_64")]
@@ -116,18 +107,19 @@ pub(super) use for_each_isa;
 /// eˣ to 2 units in the last place for x in −87.3..88.3, and the value at that end beyond.
 /// (Cephes' `expf`, with the rounding to an integer done by adding 1.5 · 2²³.)
 #[inline(always)]
-pub fn exp(x: f32) -> f32 {
+pub fn exp<const FUSED: bool>(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0;
     let x = x.clamp(-87.3, 88.3);
-    let shifted = x * std::f32::consts::LOG2_E + MAGIC;
+    let shifted = multiply_add::<FUSED>(x, std::f32::consts::LOG2_E, MAGIC);
     let power = shifted - MAGIC;
     // ln 2 in two parts, so that the product with a small integer is exact in the first.
-    let rest = x - power * 0.693_359_4 - power * -2.121_944_4e-4;
+    let rest = multiply_add::<FUSED>(power, -0.693_359_4, x);
+    let rest = multiply_add::<FUSED>(power, 2.121_944_4e-4, rest);
     let mut sum = 1.987_569_1e-4;
     for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        sum = sum * rest + coefficient;
+        sum = multiply_add::<FUSED>(sum, rest, coefficient);
     }
-    let mantissa = sum * rest * rest + rest + 1.0;
+    let mantissa = multiply_add::<FUSED>(sum * rest, rest, rest) + 1.0;
     let exponent = (shifted.to_bits().wrapping_sub(MAGIC.to_bits())).wrapping_add(127) << 23;
     mantissa * f32::from_bits(exponent)
 }
@@ -169,22 +161,23 @@ pub fn exp2_coarse<const FUSED: bool>(x: f32) -> f32 {
 /// The error function to 1e-7, by N. Juffa's two minimax polynomials: one for the middle, one for
 /// ln(1 − erf) outside.
 #[inline(always)]
-pub fn erf(x: f32) -> f32 {
+pub fn erf<const FUSED: bool>(x: f32) -> f32 {
     let (size, square) = (x.abs(), x * x);
-    let low = -1.728_534_7e-5 * size + 3.831_971_3e-4;
-    let high = -3.883_964_4e-3 * size + 2.425_462_2e-2;
-    let mut outside = low * square + high;
+    let low = multiply_add::<FUSED>(-1.728_534_7e-5, size, 3.831_971_3e-4);
+    let high = multiply_add::<FUSED>(-3.883_964_4e-3, size, 2.425_462_2e-2);
+    let mut outside = multiply_add::<FUSED>(low, square, high);
     for coefficient in [-1.067_778_8e-1, -6.348_467e-1, -1.287_175_1e-1] {
-        outside = outside * size + coefficient;
+        outside = multiply_add::<FUSED>(outside, size, coefficient);
     }
-    let outside = (1.0 - exp(outside * size - size)).copysign(x);
+    let outside = multiply_add::<FUSED>(outside, size, -size);
+    let outside = (1.0 - exp::<FUSED>(outside)).copysign(x);
     let mut middle = -5.967_617e-4;
     for coefficient in
         [4.991_194_2e-3, -2.676_813_5e-2, 1.128_199_25e-1, -3.761_253_4e-1, 1.283_791_7e-1]
     {
-        middle = middle * square + coefficient;
+        middle = multiply_add::<FUSED>(middle, square, coefficient);
     }
-    let middle = middle * x + x;
+    let middle = multiply_add::<FUSED>(middle, x, x);
     // Beyond 4 the polynomials leave their range and erf is 1 in f32.
     let outside = if size > 4.0 { 1f32.copysign(x) } else { outside };
     if size > 0.927_734_4 { outside } else { middle }
@@ -192,56 +185,62 @@ pub fn erf(x: f32) -> f32 {
 
 /// x · sigmoid(x).
 #[inline(always)]
-pub fn silu(x: f32) -> f32 {
-    x / (1.0 + exp(-x))
+pub fn silu<const FUSED: bool>(x: f32) -> f32 {
+    x / (1.0 + exp::<FUSED>(-x))
 }
 
 /// The exact gelu, x/2 · (1 + erf(x/√2)).
 #[inline(always)]
-pub fn gelu(x: f32) -> f32 {
-    0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
+pub fn gelu<const FUSED: bool>(x: f32) -> f32 {
+    0.5 * x * (1.0 + erf::<FUSED>(x * std::f32::consts::FRAC_1_SQRT_2))
 }
 
 /// x · sigmoid(1.702 x).
 #[inline(always)]
-pub fn quick_gelu(x: f32) -> f32 {
-    x / (1.0 + exp(-1.702 * x))
+pub fn quick_gelu<const FUSED: bool>(x: f32) -> f32 {
+    x / (1.0 + exp::<FUSED>(-1.702 * x))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn exp_and_erf_are_exact_to_a_few_units_in_the_last_place() {
+    fn check<const FUSED: bool>() {
         let (mut worst_exp, mut worst_erf) = (0f64, 0f64);
         for i in -870_000..880_000 {
             let x = i as f32 * 1e-4;
             let true_exp = f64::from(x).exp();
-            worst_exp = worst_exp.max((f64::from(exp(x)) - true_exp).abs() / true_exp);
+            worst_exp = worst_exp.max((f64::from(exp::<FUSED>(x)) - true_exp).abs() / true_exp);
             let z = x / 10.0;
             let true_erf = candle_core::cpu::erf::erf_f64(f64::from(z));
-            worst_erf = worst_erf.max((f64::from(erf(z)) - true_erf).abs());
+            worst_erf = worst_erf.max((f64::from(erf::<FUSED>(z)) - true_erf).abs());
         }
         for i in -1_260_000..=10_000 {
             let x = i as f32 * 1e-4;
             let exact = f64::from(x).exp2();
             let error = |found: f32| (f64::from(found) - exact).abs() / exact;
-            worst_exp = worst_exp.max(error(exp2_fine::<false>(x)));
-            worst_exp = worst_exp.max(error(exp2_fine::<true>(x)));
-            assert!(error(exp2_coarse::<false>(x)) < 8e-5, "2 to the {x}");
+            worst_exp = worst_exp.max(error(exp2_fine::<FUSED>(x)));
+            assert!(error(exp2_coarse::<FUSED>(x)) < 8e-5, "2 to the {x}");
         }
         assert!(worst_exp < 2.4e-7, "exp is off by {worst_exp}");
         assert!(worst_erf < 1.2e-7, "erf is off by {worst_erf}");
     }
 
     #[test]
+    fn exp_and_erf_are_exact_to_a_few_units_in_the_last_place() {
+        check::<false>();
+        check::<true>();
+    }
+
+    #[test]
     fn not_a_number_stays_so_and_infinities_saturate() {
-        assert!(exp(f32::NAN).is_nan() && erf(f32::NAN).is_nan() && silu(f32::NAN).is_nan());
-        assert!(exp2_fine::<false>(f32::NAN).is_nan() && exp2_coarse::<false>(f32::NAN).is_nan());
-        assert!(exp(f32::NEG_INFINITY) < 1.3e-38);
+        let functions = [exp::<false>, erf::<false>, silu::<false>, exp2_fine::<false>];
+        assert!(functions.iter().all(|function| function(f32::NAN).is_nan()));
+        assert!(exp2_coarse::<false>(f32::NAN).is_nan());
+        assert!(exp::<false>(f32::NEG_INFINITY) < 1.3e-38);
         assert!(exp2_fine::<false>(f32::NEG_INFINITY) < 1.3e-38);
-        assert_eq!((erf(f32::INFINITY), erf(f32::NEG_INFINITY)), (1.0, -1.0));
-        assert_eq!((gelu(50.0), silu(100.0)), (50.0, 100.0));
+        let ends = (erf::<false>(f32::INFINITY), erf::<false>(f32::NEG_INFINITY));
+        assert_eq!(ends, (1.0, -1.0));
+        assert_eq!((gelu::<false>(50.0), silu::<false>(100.0)), (50.0, 100.0));
     }
 }

@@ -5,11 +5,11 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Layout};
 
 use super::super::Storage;
+use super::choice;
 use super::element::Element;
 use super::matrix::{HalvedPanels, Panels, Source};
 use super::memory::{check, unsupported};
 use super::pair::Pair;
-use super::simd::Isa;
 use super::winograd::Kernel;
 use crate::backend::{Role, View};
 use crate::error::{Error, Result};
@@ -92,7 +92,7 @@ fn form(role: Role, weight: View<'_, Storage>) -> Result<Form> {
         Role::Linear => false,
         Role::Conv2d { stride } => spacious && Kernel::suits(dims, stride),
     };
-    let multiplies_bf16 = !transform && Isa::detect().multiplies_bf16();
+    let multiplies_bf16 = !transform && choice::chosen().multiplies_bf16();
     let elements = weight.storage.elements()?;
     with_source(role, weight.layout, |source| match elements {
         CpuStorage::F32(values) => in_f32(values, source, transform),
