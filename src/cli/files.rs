@@ -157,8 +157,14 @@ pub(super) fn write(target: &Target, bytes: &[u8]) -> Result<Option<PathBuf>> {
 ///
 /// # Errors
 /// If not.
-pub(super) fn check_batch_place(path: &Path) -> Result<()> {
+pub(super) fn check_batch_place(root: &Path, path: &Path) -> Result<()> {
     let folder = folder_of(path);
+    let is_link = |path: &&Path| fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink());
+    let below = folder.ancestors().take_while(|ancestor| *ancestor != root);
+    if let Some(link) = below.filter(|ancestor| *ancestor != Path::new("")).find(is_link) {
+        let link = link.display();
+        return Err(failed(path, &format!("{link} is a link, which may lead out of --out-dir")));
+    }
     fs::create_dir_all(folder).map_err(|error| failed(path, &error))?;
     if at(path) == At::Folder {
         return Err(failed(path, &"it is a folder"));

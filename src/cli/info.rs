@@ -108,7 +108,10 @@ pub(super) fn parse(
         At::Nothing => {
             let name = what.to_string_lossy();
             let source = name.parse::<ModelSource>().ok();
-            let source = source.filter(|source| matches!(source, ModelSource::Hub(_)));
+            // No repository is called as a picture is.
+            let is_picture = name.to_ascii_lowercase().ends_with(".png");
+            let source =
+                source.filter(|source| !is_picture && matches!(source, ModelSource::Hub(_)));
             Subject::Model(source.ok_or_else(|| {
                 Error::usage(format!("{name}: there is no such file or folder, and no such model"))
             })?)

@@ -170,7 +170,8 @@ fn paint_together(
         let path = files::write(target, &png)?;
         let name = path.map_or("standard output".to_owned(), |path| path.display().to_string());
         display.line(format!(
-            "{name}: seed {}, {size}, {steps} step{} in {pace}",
+            "{}: seed {}, {size}, {steps} step{} in {pace}",
+            name.replace(char::is_control, " "),
             picture.seed,
             if steps == 1 { "" } else { "s" },
         ));

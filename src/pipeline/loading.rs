@@ -205,8 +205,11 @@ impl<'a> Loading<'a> {
             self.progress.check()
         };
         loaded(0)?;
-        load(Loader::new(&checkpoint, device, self.dtype, &mut loaded))
-            .map_err(|error| error.context(name))
+        let model = load(Loader::new(&checkpoint, device, self.dtype, &mut loaded))
+            .map_err(|error| error.context(name))?;
+        // What no picture needs was not taken.
+        self.progress.report(Event::Loading { component: name, done: total, total });
+        Ok(model)
     }
 }
 

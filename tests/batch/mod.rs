@@ -305,3 +305,32 @@ fn standard_input_is_a_file_of_jobs_and_standard_error_says_how_far_it_is() {
     let quiet = command.arg("-q").stdin(Stdio::null()).output().unwrap();
     assert_eq!(stderr(&quiet).lines().count(), 1, "an empty file: {}", stderr(&quiet));
 }
+
+#[cfg(unix)]
+#[test]
+fn nothing_is_written_through_links_and_a_preview_takes_the_place_of_no_file() {
+    use std::os::unix::fs::symlink;
+    let flags = ["-W", "64", "-H", "64", "--steps", "3", "-s", "1", "--preview", "1"];
+    let batch = Batch::new(
+        "{\"prompt\":\"a\",\"output\":\"sub/p.png\"}\n{\"prompt\":\"b\",\"output\":\"c.png\"}\n",
+    );
+    let elsewhere = batch.folder.path().join("elsewhere");
+    fs::create_dir_all(batch.out()).unwrap();
+    fs::create_dir(&elsewhere).unwrap();
+    symlink(&elsewhere, batch.out().join("sub")).unwrap();
+    fs::write(batch.out().join("c-preview.png"), "mine").unwrap();
+    let events = batch.run(&flags, 5);
+    let error = events.iter().find(|event| event["event"] == "error").unwrap();
+    assert!(error["message"].as_str().unwrap().contains("sub is a link"), "{error}");
+    assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
+    assert_eq!(fs::read(batch.out().join("c-preview.png")).unwrap(), b"mine");
+    assert!(batch.out().join("c.png").is_file());
+    assert!(!batch.out().join("c-preview-1.png").exists());
+    // Nor is the manifest somebody else's file.
+    let books = batch.out().join(MANIFEST);
+    fs::rename(&books, elsewhere.join("books")).unwrap();
+    symlink(elsewhere.join("books"), &books).unwrap();
+    let output = batch.command(&flags).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("it is not a file"), "{}", stderr(&output));
+}

@@ -120,7 +120,7 @@ Exit codes:
   1    the batch could not go on, such as a full disk or a folder in use
   2    a wrong command line, or a line of JOBS that is no job
   3    the model or its weights
-  4    no device could be used
+  4    no device could be used, or none is left
   5    some pictures could not be made
   6    no picture could be made
   130  interrupted; finished pictures stay";

@@ -64,8 +64,8 @@ impl Manifest {
         };
         fs::create_dir_all(folder)
             .map_err(|error| Error::other(format!("--out-dir {}: {error}", folder.display())))?;
-        // Opening a named pipe would wait.
-        if fs::metadata(&path).is_ok_and(|found| !found.is_file()) {
+        // Opening a named pipe would wait, and a link lead to somebody else's file.
+        if fs::symlink_metadata(&path).is_ok_and(|found| !found.is_file()) {
             return Err(failed(&"it is not a file"));
         }
         let mut options = File::options();

@@ -115,7 +115,8 @@ impl<'a> Report<'a> {
         let &Made { output, size, steps, .. } = made;
         let so_far = self.so_far(&state);
         self.display.line(format!(
-            "{output}: seed {}, {size}, {steps} step{} in {}; {so_far}",
+            "{}: seed {}, {size}, {steps} step{} in {}; {so_far}",
+            output.replace(char::is_control, " "),
             task.seed,
             if steps == 1 { "" } else { "s" },
             display::seconds(start.elapsed()),
@@ -130,7 +131,8 @@ impl<'a> Report<'a> {
         let mut state = self.state();
         state.failed += 1;
         self.settle(&mut state, task);
-        self.display.error(format!("error: line {}, {path}: {}", task.line, one_line(error)));
+        let shown = path.replace(char::is_control, " ");
+        self.display.error(format!("error: line {}, {shown}: {}", task.line, one_line(error)));
         drop(state);
         self.stream.tell_error(Some(self.name(task, &path)), error);
     }

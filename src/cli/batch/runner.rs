@@ -13,8 +13,9 @@ use crate::cli::device::DevicePlan;
 use crate::cli::display::Display;
 use crate::cli::events::{Made, Teller};
 use crate::cli::files;
-use crate::cli::output::{Target, before_suffix};
+use crate::cli::output::Target;
 use crate::cli::paint::{AUTO_PIXELS, Finished, Order, paint, picture_request};
+use crate::cli::previews::beside;
 use crate::cli::run::Painter;
 use crate::error::{Error, Kind, Result};
 use crate::image::ImageSize;
@@ -83,17 +84,19 @@ impl<'a> Runner<'a> {
         });
         let (rest, end) = self.queue.end();
         match end {
-            End { fatal: Some(error), .. } => return Err(error),
+            End { fatal: Some(error), .. } => Err(error),
             // Nothing was made because nothing could be.
-            End { lost: Some(error), was_used: false, .. } => return Err(error),
-            End { lost: Some(error), .. } => {
-                let message = format!("no device is left; the last one: {error}");
-                let error = Error::new(error.kind(), message);
-                rest.iter().for_each(|work| self.report.failed(work.task, &error));
+            End { lost: Some(error), was_used: false, .. } => Err(error),
+            End { lost: Some(error), .. } if !rest.is_empty() => {
+                let message = format!(
+                    "no device is left, and {} of the pictures are not made; run it again to go \
+                     on; the last one: {error}",
+                    rest.len()
+                );
+                Err(Error::new(error.kind(), message))
             }
-            End { lost: None, .. } => {}
+            End { .. } => Ok(()),
         }
-        Ok(())
     }
 
     /// Makes pictures on one device until none waits, or the device is lost.
@@ -154,7 +157,7 @@ impl<'a> Runner<'a> {
     /// The pictures that can be written, before minutes are spent on them.
     fn with_places(&self, group: Vec<Work<'a>>) -> Vec<Work<'a>> {
         let can_be_written = |work: &Work<'_>| {
-            let checked = files::check_batch_place(&self.place(work));
+            let checked = files::check_batch_place(&self.batch.folder, &self.place(work));
             checked.map_err(|error| self.failed(work, &error)).is_ok()
         };
         group.into_iter().filter(can_be_written).collect()
@@ -176,7 +179,8 @@ impl<'a> Runner<'a> {
         let stream = self.report.stream;
         let teller = Teller { stream, device, pictures: &names, progress: &watch };
         display.begin(title(group));
-        let preview = |work| Some(Target::Replace(before_suffix(&self.place(work), "-preview")));
+        // Whatever is there already stays.
+        let preview = |work| beside(&Target::Replace(self.place(work)));
         let orders: Vec<_> = group
             .iter()
             .map(|work| Order { job: &work.task.job, seed: work.task.seed, preview: preview(work) })

@@ -124,9 +124,11 @@ fn a_device_that_is_gone_gives_its_pictures_back_to_the_others() {
 }
 
 #[test]
-fn without_devices_the_rest_cannot_be_made() {
+fn without_devices_the_batch_ends_and_says_how_many_pictures_are_left() {
     let found = run(SIX, "|--batch-size|1", &[Some(2), Some(1)]);
-    assert_eq!((found.counts, found.error), ((3, 3), None));
+    assert_eq!(found.counts, (3, 0));
+    let error = found.error.unwrap();
+    assert!(error.starts_with("no device is left, and 3 of the pictures are not made"), "{error}");
     // Where none was there at all, that is what is wrong.
     let found = run(SIX, "", &[Some(0), Some(0)]);
     assert_eq!((found.counts, found.error.as_deref()), ((0, 0), Some("it does not answer")));
