@@ -68,13 +68,15 @@ impl<B: Backend> ResnetBlock2D<B> {
     /// # Errors
     /// If the device fails.
     pub fn forward(&self, x: &Tensor<B>, time: Option<&Tensor<B>>) -> Result<Tensor<B>> {
-        // (batch, out, height, width)
-        let mut hidden = self.conv1.forward(&self.norm1.forward(x)?)?;
+        // In one variable: an activation of before is not kept, and its memory is for the next.
+        let mut hidden = self.norm1.forward(x)?;
+        hidden = self.conv1.forward(&hidden)?; // (batch, out, height, width)
         if let (Some(projection), Some(time)) = (&self.time_emb_proj, time) {
             let time = projection.forward(time)?; // (1, out)
             hidden = hidden.add(&time.unsqueeze(2)?.unsqueeze(3)?)?;
         }
-        let hidden = self.conv2.forward(&self.norm2.forward(&hidden)?)?;
+        hidden = self.norm2.forward(&hidden)?;
+        hidden = self.conv2.forward(&hidden)?;
         match &self.conv_shortcut {
             Some(shortcut) => shortcut.forward(x)?.add(&hidden),
             None => x.add(&hidden),

@@ -35,11 +35,13 @@ pub struct Settings {
 }
 
 impl Device {
-    /// A device that is used as `settings` say.
+    /// A device that is used as `settings` say. The process's allocator is told to keep no large
+    /// buffers, which only where it is glibc's means something.
     ///
     /// # Errors
     /// As [`with_threads`](Self::with_threads).
     pub fn open(settings: Settings) -> Result<Self> {
+        kernels::return_large_buffers();
         Ok(Self::with_threads(settings.threads)?.with_low_memory(settings.low_memory))
     }
 

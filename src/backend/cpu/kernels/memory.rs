@@ -54,6 +54,27 @@ pub fn zeroed<T: Plain>(len: usize) -> Result<Vec<T>> {
     Ok(unsafe { Vec::from_raw_parts(start, len, len) })
 }
 
+/// Tells the allocator, where that is glibc's, to give large buffers back to the system when they
+/// are freed: on its own it keeps those of up to 32 MiB, with holes that no other weight fits into.
+/// What is wanted again soon is on the [shelf](spare).
+pub fn return_large_buffers() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        use std::ffi::c_int;
+        use std::sync::Once;
+        unsafe extern "C" {
+            fn mallopt(parameter: c_int, value: c_int) -> c_int;
+        }
+        /// From glibc's malloc.h.
+        const M_MMAP_THRESHOLD: c_int = -3;
+        static ONCE: Once = Once::new();
+        // SAFETY: glibc's own signature; it takes the allocator's lock, and any value is allowed.
+        ONCE.call_once(|| {
+            unsafe { mallopt(M_MMAP_THRESHOLD, spare::SMALLEST_BYTES as c_int) };
+        });
+    }
+}
+
 fn no_memory(len: usize, size: usize) -> Error {
     Error::other(format!("no memory for {len} elements of {size} bytes"))
 }

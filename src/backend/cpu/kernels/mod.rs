@@ -40,6 +40,7 @@ use crate::backend::{Fused, Meta, MetaRef, View};
 use crate::error::{Error, Result};
 
 pub use add::add;
+pub use memory::return_large_buffers;
 pub use spare::give;
 pub use upload::upload;
 pub use weight::{Packed, prepare};

@@ -13,7 +13,7 @@ use super::pair::Pair;
 use crate::error::Result;
 
 /// Smaller buffers are left to the allocator, which keeps them itself.
-const SMALLEST_BYTES: usize = 1 << 22;
+pub const SMALLEST_BYTES: usize = 1 << 22;
 /// Kept at most, over all buffers of a type.
 const MOST_BYTES: usize = 1 << 29;
 
@@ -72,13 +72,24 @@ impl<T> Shelf<T> {
         }
     }
 
-    /// The smallest that is large enough, unless it wastes a quarter.
+    /// The smallest that is large enough, unless it wastes half. Where there is none, as many
+    /// bytes of smaller ones make room for what will be a fresh buffer: they are of an earlier stage,
+    /// whose sizes are others. As only smaller ones do, steps of one kind soon find all of theirs.
     fn find(&self, len: usize) -> Option<Vec<T>> {
         let mut kept = self.lock();
         let fitting = kept.iter().enumerate();
-        let fitting = fitting.filter(|(_, kept)| (len..=len + len / 4).contains(&kept.capacity()));
-        let (best, _) = fitting.min_by_key(|(_, kept)| kept.capacity())?;
-        kept.remove(best)
+        let fitting = fitting.filter(|(_, kept)| (len..=2 * len).contains(&kept.capacity()));
+        if let Some((best, _)) = fitting.min_by_key(|(_, kept)| kept.capacity()) {
+            return kept.remove(best);
+        }
+        let will_be_kept = len.saturating_mul(size_of::<T>()) <= MOST_BYTES;
+        let mut room = if will_be_kept { 0 } else { len };
+        kept.retain(|kept| {
+            let stays = room >= len || kept.capacity() >= len;
+            room += if stays { 0 } else { kept.capacity() };
+            stays
+        });
+        None
     }
 }
 
@@ -133,4 +144,53 @@ pub fn take<T: Kept>(len: usize) -> Result<Vec<T>> {
     let Some(mut buffer) = kept else { return zeroed(len) };
     buffer.resize(len, T::default());
     Ok(buffer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes that buffers of so many mebibytes have.
+    fn shelf_of(sizes: &[usize]) -> Shelf<u8> {
+        let shelf = Shelf::new();
+        sizes.iter().for_each(|mebibytes| shelf.give(vec![0; mebibytes << 20]));
+        shelf
+    }
+
+    fn mebibytes(shelf: &Shelf<u8>) -> Vec<usize> {
+        shelf.lock().iter().map(|kept| kept.capacity() >> 20).collect()
+    }
+
+    #[test]
+    fn a_buffer_is_found_again_and_a_fresh_one_replaces_smaller_ones_of_an_earlier_stage() {
+        let check = |sizes: &[usize], wanted: usize, found: bool, left: &[usize]| {
+            let shelf = shelf_of(sizes);
+            assert_eq!(shelf.find(wanted << 20).is_some(), found, "{sizes:?} {wanted}");
+            assert_eq!(mebibytes(&shelf), left, "{sizes:?} {wanted}");
+        };
+        check(&[8, 12, 10], 9, true, &[8, 12]);
+        check(&[14, 12, 10, 18], 13, true, &[12, 10, 18]);
+        check(&[8, 12, 10], 11, true, &[8, 10]);
+        check(&[30, 12, 10], 13, false, &[30]);
+        check(&[60, 5, 55, 6, 7, 8, 9], 26, false, &[60, 55, 9]);
+    }
+
+    #[test]
+    fn steps_of_one_kind_find_all_of_their_buffers_before_long() {
+        let shelf = shelf_of(&[300]);
+        let sizes = [5, 7, 20, 5, 60, 9, 100, 25, 60];
+        for step in 0..8 {
+            // Two at a time are in use.
+            let mut used: VecDeque<Vec<u8>> = VecDeque::new();
+            for size in sizes {
+                let found = shelf.find(size << 20);
+                assert!(step < 6 || found.is_some(), "step {step}: {size} MiB are missed");
+                used.push_back(found.unwrap_or_else(|| vec![0; size << 20]));
+                if used.len() > 2 {
+                    used.pop_front().into_iter().for_each(|buffer| shelf.give(buffer));
+                }
+            }
+            used.into_iter().for_each(|buffer| shelf.give(buffer));
+        }
+    }
 }

@@ -27,7 +27,7 @@ pub struct Packed {
 #[derive(Debug)]
 enum Kept {
     Whole(Form),
-    /// Where memory is short: made whole for each op.
+    /// Made whole for each op: linear layers, and all where memory is short.
     Halved(HalvedPanels),
 }
 
@@ -66,10 +66,12 @@ impl Packed {
 /// If it is not a weight of that role, or the memory cannot be had.
 pub fn prepare(role: Role, weight: View<'_, Storage>) -> Result<Packed> {
     let form = form(role, weight)?;
-    let kept = match weight.storage.device().is_low_memory() {
-        true => small(form)?,
-        false => Kept::Whole(form),
+    let is_small = match role {
+        // Their many rows pay for it; half of what they take is a sixth of a model's memory.
+        Role::Linear => true,
+        Role::Conv2d { .. } => weight.storage.device().is_low_memory(),
     };
+    let kept = if is_small { small(form)? } else { Kept::Whole(form) };
     let (dtype, dims) = (weight.storage.dtype(), weight.layout.dims().to_vec());
     Ok(Packed { role, dtype, dims, kept })
 }
