@@ -224,8 +224,8 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         let shape = [1, self.unet.config.in_channels, size.height, size.width];
         let mut noise = NoiseStreams { seeds, drawn: 0 };
         let mut sample = noise.draw::<U>(shape, &self.devices.unet)?;
-        if plan.init_noise_sigma != 1.0 {
-            sample = Tensor::linear_combination(&[(plan.init_noise_sigma, &sample)])?;
+        if plan.start.noise != 1.0 {
+            sample = Tensor::linear_combination(&[(plan.start.noise, &sample)])?;
         }
         observe(&sample)?;
         let mut stored: Vec<Option<Tensor<U>>> = vec![None; plan.slots()];

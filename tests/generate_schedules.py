@@ -6,14 +6,20 @@ Each case is a model's scheduler_config.json, a scheduler and a number of steps.
 goes through StableDiffusionPipeline and, where the scheduler is another one, through from_config,
 as a user's would. The sample has three numbers; the "model" is a formula of its scaled input and
 the timestep, and the noise a formula of step and place, both repeated in the Rust test.
+
+Cases with a strength begin with an image, as StableDiffusionImg2ImgPipeline does, and their second
+number is masked: after every step it is the image's again, with the noise of
+StableDiffusionInpaintPipeline.
 """
 
 import json
 import logging
 import math
 import warnings
+from types import SimpleNamespace
 
 import diffusers
+import numpy
 import torch
 from diffusers.schedulers import scheduling_euler_ancestral_discrete as ancestral
 
@@ -153,6 +159,21 @@ variant("euler at final", TINY, {
 }, SOLVER)
 
 
+# How much of a run is left, and runs in which nothing is left of the first steps' kept outputs.
+STRENGTHS = [(7, 1.0), (7, 0.6), (20, 0.29), (4, 0.5)]
+IMAGE_CASES = [
+    (config, kind, steps, strength)
+    for config in ["tiny-sd", "sd21", "leading velocity", "trailing epsilon"]
+    for kind in KINDS
+    for steps, strength in STRENGTHS
+]
+IMAGE_CASES += [
+    (config, kind, steps, strength)
+    for config, kind in [("runge-kutta leading", "pndm"), ("third order", "dpm++2m")]
+    for steps, strength in [(4, 0.5), (12, 0.9), (20, 0.6)]
+]
+
+
 def scheduler_of(config, kind):
     loaded = KINDS[NAMES[config["_class_name"]]].from_config(config)
     pipe = diffusers.StableDiffusionPipeline(
@@ -174,30 +195,58 @@ def noise(draw):
     return torch.tensor(values, dtype=torch.float32)
 
 
+IMAGE = torch.tensor([0.4, -0.7, 1.1])
+KEPT = torch.tensor([False, True, False])
+
+
 def digits(values, count):
     return [float(f"{value:.{count}g}") for value in values]
 
 
-def trajectory(config_name, kind, steps):
+def shortest(timestep):
+    """The fewest digits that are this f32."""
+    return float(numpy.format_float_positional(numpy.float32(timestep), unique=True))
+
+
+def first_timesteps(scheduler, steps, strength):
+    """get_timesteps of both pipelines."""
+    pipeline = SimpleNamespace(scheduler=scheduler)
+    timesteps, _ = diffusers.StableDiffusionImg2ImgPipeline.get_timesteps(
+        pipeline, steps, strength, "cpu"
+    )
+    return timesteps
+
+
+def trajectory(config_name, kind, steps, strength=None):
     scheduler = scheduler_of(CONFIGS[config_name], kind)
     scheduler.set_timesteps(steps)
     draws = iter(range(1, 10_000))
     ancestral.randn_tensor = lambda *args, **kwargs: noise(next(draws))
+    timesteps = scheduler.timesteps
     sample = noise(0) * scheduler.init_noise_sigma
+    start = {"init_noise_sigma": float(scheduler.init_noise_sigma)}
+    if strength is not None:
+        timesteps = first_timesteps(scheduler, steps, strength)
+        sample = scheduler.add_noise(IMAGE, noise(0), timesteps[:1])
+        start = {"strength": strength, "first": digits(sample.tolist(), 8)}
     samples = []
-    for timestep in scheduler.timesteps:
+    for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(sample, timestep)
         output = model(scaled, timestep.item())
         sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+        if strength is not None:
+            image = IMAGE
+            if index < len(timesteps) - 1:
+                image = scheduler.add_noise(IMAGE, noise(0), timesteps[index + 1 : index + 2])
+            sample = torch.where(KEPT, image, sample)
         samples.append(digits(sample.tolist(), 8))
     assert all(math.isfinite(v) for row in samples for v in row), (config_name, kind, steps)
     return {
         "config": config_name,
         "scheduler": kind,
         "steps": steps,
-        # 17 digits: timesteps are exact.
-        "timesteps": [float(t) for t in scheduler.timesteps.tolist()],
-        "init_noise_sigma": float(scheduler.init_noise_sigma),
+        "timesteps": [shortest(timestep) for timestep in timesteps.tolist()],
+        **start,
         "samples": samples,
     }
 
@@ -209,11 +258,12 @@ def readable(config):
 
 
 def line(value):
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace(".0,", ",")
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace(".0,", ",").replace(".0]", "]")
 
 
 with open("tests/fixtures/schedules.json", "w") as out:
     configs = ",\n".join(f"{json.dumps(k)}:{line(readable(v))}" for k, v in CONFIGS.items())
-    cases = ",\n".join(line(trajectory(*case)) for case in CASES)
+    cases = ",\n".join(line(trajectory(*case)) for case in CASES + IMAGE_CASES)
     out.write(f'{{"configs":{{\n{configs}\n}},\n"cases":[\n{cases}\n]}}\n')
-print(len(CASES), "cases")
+print(len(CASES + IMAGE_CASES), "cases")

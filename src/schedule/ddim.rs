@@ -1,11 +1,11 @@
 //! DDIM (Song et al. 2020) with eta 0, as diffusers' `DDIMScheduler`.
 
-use super::Compile;
 use super::config::Fields;
-use super::plan::{Combination, Plan, Step};
+use super::plan::{Blend, Combination, Plan, Step};
 use super::prediction::Prediction;
 use super::spacing::{Spacing, Timesteps, round};
 use super::training::NoiseSchedule;
+use super::{Compile, Run};
 use crate::Result;
 
 pub(super) struct Ddim {
@@ -28,11 +28,16 @@ pub(super) fn read(fields: &Fields) -> Result<Ddim> {
 }
 
 impl Compile for Ddim {
-    fn compile(&self, steps: usize) -> Result<Plan> {
+    fn compile(&self, run: &Run) -> Result<Plan> {
         let train = self.training.len();
-        let stride = (train / steps) as i64;
-        let step = |timestep: f64| {
-            let visited = timestep as i64;
+        let stride = (train / run.steps) as i64;
+        let timesteps = run.rest(round(self.timesteps.visit(train, run.steps)))?;
+        let noised = |index: usize| {
+            let visited = timesteps.get(index).map(|timestep| *timestep as i64);
+            visited.map_or(Ok(Blend::IMAGE), |visited| self.training.noised(visited))
+        };
+        let step = |(index, timestep): (usize, &f64)| {
+            let (timestep, visited) = (*timestep, *timestep as i64);
             let alpha_cumprod = self.training.alpha_cumprod(visited)?;
             let next =
                 self.training.alpha_cumprod_or_final(visited - stride, self.set_alpha_to_one)?;
@@ -41,9 +46,10 @@ impl Compile for Ddim {
             let sample = Combination::default()
                 .plus_all(next.sqrt(), &original)
                 .plus_all((1.0 - next).sqrt(), &self.prediction.noise(alpha, sigma));
-            Ok(Step { timestep, input_scale: 1.0, stores: Vec::new(), sample, original })
+            let noised = noised(index + 1)?;
+            Ok(Step { timestep, input_scale: 1.0, stores: Vec::new(), sample, original, noised })
         };
-        let timesteps = round(self.timesteps.visit(train, steps));
-        Plan::new(1.0, timesteps.into_iter().map(step).collect::<Result<_>>()?)
+        let steps = timesteps.iter().enumerate().map(step).collect::<Result<_>>()?;
+        Plan::new(run.start(1.0, noised(0)?), steps)
     }
 }

@@ -1,12 +1,12 @@
 //! DPM-Solver++ (Lu et al. 2022), the multistep form of orders 1 to 3, as diffusers'
 //! `DPMSolverMultistepScheduler` with `algorithm_type` dpmsolver++.
 
-use super::Compile;
 use super::config::Fields;
-use super::plan::{Combination, Plan, Source, Step, Store};
+use super::plan::{Blend, Combination, Plan, Source, Step, Store};
 use super::prediction::Prediction;
 use super::spacing::{Spacing, Timesteps};
 use super::training::{NoiseSchedule, interpolate};
+use super::{Compile, Run};
 use crate::{Error, Result};
 
 pub(super) struct DpmSolver {
@@ -78,8 +78,8 @@ pub(super) fn read(fields: &Fields) -> Result<DpmSolver> {
 }
 
 impl Compile for DpmSolver {
-    fn compile(&self, steps: usize) -> Result<Plan> {
-        let train = self.sigmas.len();
+    fn compile(&self, run: &Run) -> Result<Plan> {
+        let (train, steps) = (self.sigmas.len(), run.steps);
         let timesteps = self.timesteps.visit_above_lowest(train, self.last_timestep, steps);
         if timesteps.len() > 1 && timesteps[0] == timesteps[1] {
             return Err(Error::usage(format!(
@@ -91,17 +91,24 @@ impl Compile for DpmSolver {
             timesteps.iter().map(|timestep| interpolate(&self.sigmas, *timestep)).collect();
         sigmas.push(self.final_sigma);
         let count = timesteps.len();
+        let skipped = run.skipped(count)?;
+        let noised = |index: usize| {
+            let (original, noise) = alpha_sigma(sigmas[index]);
+            Blend { original, noise }
+        };
         let ring = (self.order - 1).max(1);
         let step = |(index, timestep): (usize, f64)| {
             let (alpha, sigma) = alpha_sigma(sigmas[index]);
             let original = self.prediction.original(alpha, sigma);
-            let order = self.order_at(index, count);
+            let order = self.order_at(index, count).min(index - skipped + 1);
             let earlier = |back: usize| Source::Stored((index - back) % ring);
             let sample = self.advance(&sigmas[..index + 2], order, &original, earlier);
             let stores = vec![Store { slot: index % ring, value: original.clone() }];
-            Step { timestep, input_scale: 1.0, stores, sample, original }
+            let noised = noised(index + 1);
+            Step { timestep, input_scale: 1.0, stores, sample, original, noised }
         };
-        let plan = Plan::new(1.0, timesteps.iter().copied().enumerate().map(step).collect());
+        let planned = timesteps.iter().copied().enumerate().skip(skipped).map(step).collect();
+        let plan = Plan::new(run.start(1.0, noised(skipped)), planned);
         let twice = timesteps.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0]);
         plan.map_err(|error| match twice {
             // diffusers accepts it and gives pictures of NaN.
@@ -117,7 +124,7 @@ impl Compile for DpmSolver {
 }
 
 impl DpmSolver {
-    /// The order of step `index` of `count`: it grows from 1, and may fall at the end.
+    /// The order of step `index` of `count` if enough steps came before: it may fall at the end.
     fn order_at(&self, index: usize, count: usize) -> usize {
         let lowered = self.lower_order_final && count < FEW_STEPS;
         let at_end =
@@ -129,7 +136,7 @@ impl DpmSolver {
         } else {
             3
         };
-        order.min(self.order).min(index + 1)
+        order.min(self.order)
     }
 
     /// The next sample. `sigmas` ends with this step's and the next one's; `original` is what this

@@ -1,12 +1,12 @@
 //! Euler's method (Karras et al. 2022, algorithm 2 without churn), as diffusers'
 //! `EulerDiscreteScheduler`; and what its ancestral variant shares with it.
 
-use super::Compile;
 use super::config::Fields;
-use super::plan::{Combination, Plan, Source, Step};
+use super::plan::{Blend, Combination, Plan, Source, Step};
 use super::prediction::Prediction;
 use super::spacing::{Spacing, Timesteps};
 use super::training::{NoiseSchedule, interpolate};
+use super::{Compile, Run};
 use crate::Result;
 
 pub(super) struct Euler {
@@ -31,8 +31,8 @@ pub(super) fn read(fields: &Fields) -> Result<Euler> {
 }
 
 impl Compile for Euler {
-    fn compile(&self, steps: usize) -> Result<Plan> {
-        self.sigmas.plan(steps, self.final_sigma, self.prediction, |sigma, next| {
+    fn compile(&self, run: &Run) -> Result<Plan> {
+        self.sigmas.plan(run, self.final_sigma, self.prediction, |sigma, next| {
             Combination::from(Source::Sample)
                 .plus_all(next - sigma, &derivative(self.prediction, sigma))
         })
@@ -74,12 +74,12 @@ impl TrainingSigmas {
     /// A plan whose every step goes from one sigma to the next with `advance(sigma, next)`.
     pub(super) fn plan(
         &self,
-        steps: usize,
+        run: &Run,
         final_sigma: f64,
         prediction: Prediction,
         advance: impl Fn(f64, f64) -> Combination,
     ) -> Result<Plan> {
-        let timesteps = self.timesteps.visit(self.sigmas.len(), steps);
+        let timesteps = self.timesteps.visit(self.sigmas.len(), run.steps);
         // torch keeps fractional timesteps in f32.
         let timesteps: Vec<f64> =
             timesteps.into_iter().map(|timestep| f64::from(timestep as f32)).collect();
@@ -91,6 +91,9 @@ impl TrainingSigmas {
             Spacing::Linspace | Spacing::Trailing => highest,
             Spacing::Leading => (highest * highest + 1.0).sqrt(),
         };
+        let timesteps = run.rest(timesteps)?;
+        let sigmas = sigmas.split_off(sigmas.len() - timesteps.len() - 1);
+        let noised = |sigma| Blend { original: 1.0, noise: sigma };
         let step = |(timestep, pair): (f64, &[f64])| Step {
             timestep,
             input_scale: 1.0 / (pair[0] * pair[0] + 1.0).sqrt(),
@@ -98,9 +101,10 @@ impl TrainingSigmas {
             sample: advance(pair[0], pair[1]),
             original: Combination::from(Source::Sample)
                 .plus_all(-pair[0], &derivative(prediction, pair[0])),
+            noised: noised(pair[1]),
         };
         Plan::new(
-            init_noise_sigma,
+            run.start(init_noise_sigma, noised(sigmas[0])),
             timesteps.into_iter().zip(sigmas.windows(2)).map(step).collect(),
         )
     }

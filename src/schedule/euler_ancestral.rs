@@ -2,11 +2,11 @@
 //! `EulerAncestralDiscreteScheduler`. Noise is drawn in every step but the last, whose share of
 //! noise is zero: diffusers draws it there, too, but nothing that is drawn later sees it.
 
-use super::Compile;
 use super::config::Fields;
 use super::euler::{TrainingSigmas, derivative};
 use super::plan::{Combination, Plan, Source};
 use super::prediction::Prediction;
+use super::{Compile, Run};
 use crate::Result;
 
 pub(super) struct EulerAncestral {
@@ -22,8 +22,8 @@ pub(super) fn read(fields: &Fields) -> Result<EulerAncestral> {
 }
 
 impl Compile for EulerAncestral {
-    fn compile(&self, steps: usize) -> Result<Plan> {
-        self.sigmas.plan(steps, 0.0, self.prediction, |sigma, next| {
+    fn compile(&self, run: &Run) -> Result<Plan> {
+        self.sigmas.plan(run, 0.0, self.prediction, |sigma, next| {
             let (square, next_square) = (sigma * sigma, next * next);
             let up_square = next_square * (square - next_square) / square;
             let down = (next_square - up_square).sqrt();

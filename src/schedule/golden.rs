@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::plan::{Combination, Plan, Source};
+use super::plan::{Blend, Combination, Plan, Source};
 use super::{SchedulerConfig, SchedulerKind};
 use crate::rng::Generator;
 
@@ -35,14 +35,25 @@ fn draws() -> impl FnMut() -> [f64; LEN] {
     move || noise(draws.next().unwrap_or_default())
 }
 
-/// The first sample, and the sample after every step, of a run with this model and these draws.
+/// The fixture's image, which cases with a strength begin with, and what of it a mask keeps.
+const IMAGE: [f64; LEN] = [0.4, -0.7, 1.1];
+const KEPT: [bool; LEN] = [false, true, false];
+
+/// The first sample, and the sample after every step, of a run with this model and these draws,
+/// and with an image of which a part may be kept.
 fn carry_out<const N: usize>(
     plan: &Plan,
     model: impl Fn([f64; N], f64) -> [f64; N],
     mut draw: impl FnMut() -> [f64; N],
+    image: Option<([f64; N], [bool; N])>,
 ) -> Vec<[f64; N]> {
     let mut slots: Vec<Option<[f64; N]>> = vec![None; plan.slots()];
-    let mut sample = draw().map(|value| value * plan.init_noise_sigma);
+    let noise = draw();
+    let (image, kept) = image.unwrap_or(([0.0; N], [false; N]));
+    let noised = |blend: Blend| -> [f64; N] {
+        std::array::from_fn(|place| blend.original * image[place] + blend.noise * noise[place])
+    };
+    let mut sample = noised(plan.start);
     let mut samples = vec![sample];
     for step in &plan.steps {
         let output = model(sample.map(|value| value * step.input_scale), step.timestep);
@@ -64,7 +75,8 @@ fn carry_out<const N: usize>(
         for (slot, value) in stored {
             slots[slot] = Some(value);
         }
-        sample = next;
+        let noised = noised(step.noised);
+        sample = std::array::from_fn(|place| [next, noised][usize::from(kept[place])][place]);
         samples.push(sample);
     }
     samples
@@ -72,7 +84,8 @@ fn carry_out<const N: usize>(
 
 /// The largest error of a case, as a multiple of the tolerance.
 fn compare(case: &Value, config: &Value) -> f64 {
-    let about = format!("{} {} {}", case["config"], case["scheduler"], case["steps"]);
+    let about = ["config", "scheduler", "steps", "strength"].map(|name| case[name].to_string());
+    let about = about.join(" ");
     let numbers = |value: &Value| -> Vec<f64> {
         value.as_array().expect("a list").iter().map(|n| n.as_f64().expect("number")).collect()
     };
@@ -81,24 +94,33 @@ fn compare(case: &Value, config: &Value) -> f64 {
         .and_then(|config| config.for_scheduler(kind))
         .unwrap_or_else(|error| panic!("{about}: {error}"));
     let steps = case["steps"].as_u64().expect("steps") as usize;
-    let plan = scheduler.plan(steps).unwrap_or_else(|error| panic!("{about}: {error}"));
+    let plan = match case["strength"].as_f64() {
+        Some(strength) => scheduler.plan_from(steps, strength),
+        None => scheduler.plan(steps),
+    };
+    let plan = plan.unwrap_or_else(|error| panic!("{about}: {error}"));
 
-    // Every timestep is an f32; the JSON reader's last bit of an f64 is not.
+    // Every timestep is an f32, written with the fewest digits.
     let timesteps: Vec<f64> = plan.steps.iter().map(|step| step.timestep).collect();
     let theirs: Vec<f64> =
         numbers(&case["timesteps"]).into_iter().map(|number| f64::from(number as f32)).collect();
     assert_eq!(timesteps, theirs, "{about}");
-    let sigma = case["init_noise_sigma"].as_f64().expect("init_noise_sigma");
-    assert!((plan.init_noise_sigma / sigma - 1.0).abs() < 1e-6, "{about}: {sigma}");
+    let image = case["strength"].is_number().then_some((IMAGE, KEPT));
+    if let Some(sigma) = case["init_noise_sigma"].as_f64() {
+        assert!((plan.start.noise / sigma - 1.0).abs() < 1e-6, "{about}: {sigma}");
+        assert_eq!(plan.start.original, 0.0, "{about}");
+    }
 
-    let theirs = case["samples"].as_array().expect("samples");
+    let first = case.get("first").into_iter();
+    let theirs: Vec<_> = first.chain(case["samples"].as_array().expect("samples")).collect();
     let tolerance = tolerance(case["config"].as_str().expect("config"));
     let mut worst: f64 = 0.0;
-    let samples = carry_out(&plan, model, draws());
-    for (index, (ours, theirs)) in samples[1..].iter().zip(theirs).enumerate() {
+    let samples = carry_out(&plan, model, draws(), image);
+    let samples = &samples[samples.len() - theirs.len()..];
+    for (index, (ours, theirs)) in samples.iter().zip(theirs).enumerate() {
         for (ours, theirs) in ours.iter().zip(numbers(theirs)) {
             let error = (ours - theirs).abs() / theirs.abs().max(1.0) / tolerance;
-            assert!(error <= 1.0, "{about}, step {index}: {ours} is not diffusers' {theirs}");
+            assert!(error <= 1.0, "{about}, sample {index}: {ours} is not diffusers' {theirs}");
             worst = worst.max(error);
         }
     }
@@ -154,7 +176,7 @@ fn every_published_configuration_gives_diffusers_trajectories() {
         let model = |input: [f64; 16], timestep: f64| {
             std::array::from_fn(|i| 0.8 * input[i] + 0.3 * (i as f64 + timestep / 100.0).sin())
         };
-        let ours = carry_out(&plan, model, draw);
+        let ours = carry_out(&plan, model, draw, None);
         let theirs = samples.to_vec2::<f32>().expect(case);
         assert_eq!(ours.len(), theirs.len(), "{case}");
         for (index, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {

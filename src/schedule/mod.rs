@@ -17,7 +17,7 @@ mod spacing;
 mod training;
 
 pub use config::SchedulerConfig;
-pub use plan::{Combination, Plan, Source, Step, Store};
+pub use plan::{Blend, Combination, Plan, Source, Step, Store};
 
 use crate::{Error, Result};
 use config::Fields;
@@ -111,6 +111,35 @@ impl Scheduler {
     /// No steps, more steps than `num_train_timesteps`, or a count at which this scheduler's
     /// formulas have no finite value.
     pub fn plan(&self, steps: usize) -> Result<Plan> {
+        self.compile(&Run { steps, beginning: Beginning::Noise })
+    }
+
+    /// The numbers of a run that begins with an image, whose latents get so much noise that the
+    /// last `strength` of the `steps` take it out: diffusers' `StableDiffusionImg2ImgPipeline`.
+    /// With `strength` 1 that are all steps, and a trace of the image is still in the first sample;
+    /// where none should be (`StableDiffusionInpaintPipeline` leaves none), [`plan`](Self::plan) is
+    /// the plan.
+    ///
+    /// # Errors
+    /// A `strength` that is not between 0 and 1, or so little that no step is left; and as
+    /// [`plan`](Self::plan).
+    pub fn plan_from(&self, steps: usize, strength: f64) -> Result<Plan> {
+        if !(0.0..=1.0).contains(&strength) {
+            return Err(Error::usage(format!("--strength {strength}: it goes from 0 to 1")));
+        }
+        // Rounded down, in f64, as Python does it.
+        let done = (steps as f64 * strength) as usize;
+        if done == 0 && steps > 0 {
+            return Err(Error::usage(format!(
+                "--strength {strength} of --steps {steps} is not one step; try more of either"
+            )));
+        }
+        let skipped = steps.saturating_sub(done);
+        self.compile(&Run { steps, beginning: Beginning::Image { skipped } })
+    }
+
+    fn compile(&self, run: &Run) -> Result<Plan> {
+        let steps = run.steps;
         if steps == 0 || steps > self.num_train_timesteps {
             return Err(Error::usage(format!(
                 "--steps {steps}: the model's scheduler takes 1 to {}",
@@ -118,15 +147,63 @@ impl Scheduler {
             )));
         }
         self.settings
-            .compile(steps)
+            .compile(run)
             .map_err(|error| error.context(format!("scheduler {}", self.kind.name())))
     }
 }
 
 /// What a scheduler's file provides.
 trait Compile: Send + Sync {
-    /// `steps` is between 1 and `num_train_timesteps`.
-    fn compile(&self, steps: usize) -> Result<Plan>;
+    /// The run's `steps` are between 1 and `num_train_timesteps`.
+    fn compile(&self, run: &Run) -> Result<Plan>;
+}
+
+/// What of a schedule is planned.
+struct Run {
+    /// Steps of the whole schedule.
+    steps: usize,
+    beginning: Beginning,
+}
+
+/// What a run's first sample is.
+#[derive(Clone, Copy)]
+enum Beginning {
+    /// Noise, as much as the schedule begins with.
+    Noise,
+    /// An image with the noise of where the run begins, so many steps later.
+    Image { skipped: usize },
+}
+
+impl Run {
+    /// Steps that are left out of `count`: less than that, so there is a first one.
+    fn skipped(&self, count: usize) -> Result<usize> {
+        let skipped = match self.beginning {
+            Beginning::Noise => 0,
+            Beginning::Image { skipped } => skipped,
+        };
+        if skipped < count {
+            return Ok(skipped);
+        }
+        Err(Error::usage(format!(
+            "--steps {}: its {count} timesteps leave none after the first {skipped}; try more \
+             --strength",
+            self.steps
+        )))
+    }
+
+    /// What is left of a list that has an item for each step.
+    fn rest<T>(&self, mut all: Vec<T>) -> Result<Vec<T>> {
+        Ok(all.split_off(self.skipped(all.len())?))
+    }
+
+    /// The first sample: what `noised` is for the first step's level of noise, and `sigma` the
+    /// factor of pure noise (diffusers' `init_noise_sigma`).
+    fn start(&self, sigma: f64, noised: Blend) -> Blend {
+        match self.beginning {
+            Beginning::Noise => Blend::of_noise(sigma),
+            Beginning::Image { .. } => noised,
+        }
+    }
 }
 
 /// Levenshtein's distance.
@@ -178,6 +255,28 @@ mod tests {
             if matches!(kind, SchedulerKind::Euler | SchedulerKind::Ddim) {
                 assert_eq!(last.sample, last.original, "{kind:?}: the end is the original");
             }
+        }
+    }
+
+    #[test]
+    fn a_run_from_an_image_does_the_last_steps_and_one_without_steps_is_refused() {
+        let config = serde_json::json!({ "_class_name": "EulerDiscreteScheduler" });
+        let scheduler = SchedulerConfig::parse(&config).unwrap().scheduler().unwrap();
+        let whole = scheduler.plan(20).unwrap();
+        // 0.55 * 20 is a little more than 11 in f64, 0.29 * 100 a little less than 29.
+        for (steps, strength, done) in [(20, 1.0, 20), (20, 0.55, 11), (100, 0.29, 28)] {
+            let plan = scheduler.plan_from(steps, strength).unwrap();
+            assert_eq!(plan.steps.len(), done, "{steps} {strength}");
+            assert_eq!(plan.start.original, 1.0);
+        }
+        let last = scheduler.plan_from(20, 0.05).unwrap();
+        assert_eq!(last.steps, whole.steps[19..]);
+        for (strength, named) in
+            [(0.04, "--strength 0.04 of --steps 20"), (1.1, "1.1"), (f64::NAN, "NaN")]
+        {
+            let error = scheduler.plan_from(20, strength).expect_err("no such part");
+            assert!(error.to_string().contains(named), "{error}");
+            assert_eq!(error.kind(), crate::error::Kind::Usage);
         }
     }
 

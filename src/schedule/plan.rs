@@ -14,8 +14,8 @@ use crate::{Error, Result};
 /// Every step of a run, in order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
-    /// What the first noise is multiplied by to be the first sample.
-    pub init_noise_sigma: f64,
+    /// The first sample.
+    pub start: Blend,
     /// One per evaluation of the model.
     pub steps: Vec<Step>,
 }
@@ -34,6 +34,29 @@ pub struct Step {
     /// What this step takes the finished sample to be, of this step's sample and output alone: for
     /// previews.
     pub original: Combination,
+    /// What an image is at the sample's level of noise after this step: where a mask keeps the
+    /// image, this takes the sample's place before the next step. The image itself in the end.
+    pub noised: Blend,
+}
+
+/// A weighted sum of an image's latents and of noise, the same in the whole run: what diffusers'
+/// `add_noise` makes of them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Blend {
+    /// The weight of the image's latents; without an image it is 0.
+    pub original: f64,
+    /// The weight of the noise.
+    pub noise: f64,
+}
+
+impl Blend {
+    /// The image as it is.
+    pub const IMAGE: Self = Self { original: 1.0, noise: 0.0 };
+
+    /// Noise alone.
+    pub fn of_noise(noise: f64) -> Self {
+        Self { original: 0.0, noise }
+    }
 }
 
 /// A slot and its new value.
@@ -63,11 +86,15 @@ pub enum Source {
 pub struct Combination(Vec<(Source, f64)>);
 
 impl Plan {
-    /// A plan that can be carried out: stores that nobody reads are left out.
+    /// A plan that can be carried out: stores that nobody reads are left out, and the last step
+    /// leaves no noise in an image.
     ///
     /// # Errors
     /// A number that is not finite.
-    pub(super) fn new(init_noise_sigma: f64, mut steps: Vec<Step>) -> Result<Self> {
+    pub(super) fn new(start: Blend, mut steps: Vec<Step>) -> Result<Self> {
+        if let Some(last) = steps.last_mut() {
+            last.noised = Blend::IMAGE;
+        }
         let mut read_later: Vec<usize> = Vec::new();
         for step in steps.iter_mut().rev() {
             step.stores.retain(|store| read_later.contains(&store.slot));
@@ -77,9 +104,11 @@ impl Plan {
         }
         debug_assert!(read_later.is_empty(), "slots {read_later:?} are read before a write");
         for (index, step) in steps.iter().enumerate() {
-            let numbers = [init_noise_sigma, step.timestep, step.input_scale];
+            let blends = [start, step.noised].into_iter();
+            let numbers = blends.flat_map(|blend| [blend.original, blend.noise]);
+            let numbers = numbers.chain([step.timestep, step.input_scale]);
             let weights = step.combinations().flat_map(|sum| sum.terms().iter().map(|term| term.1));
-            if !numbers.into_iter().chain(weights).all(f64::is_finite) {
+            if !numbers.chain(weights).all(f64::is_finite) {
                 return Err(Error::usage(format!(
                     "step {} of {} (timestep {}) has no finite value with these settings; try \
                      fewer --steps or another --scheduler",
@@ -89,7 +118,7 @@ impl Plan {
                 )));
             }
         }
-        Ok(Self { init_noise_sigma, steps })
+        Ok(Self { start, steps })
     }
 
     /// How many slots the steps use.
@@ -159,7 +188,8 @@ mod tests {
     use super::*;
 
     fn step(stores: Vec<Store>, sample: Combination) -> Step {
-        Step { timestep: 1.0, input_scale: 1.0, stores, sample, original: Combination::default() }
+        let (original, noised) = (Combination::default(), Blend::of_noise(1.0));
+        Step { timestep: 1.0, input_scale: 1.0, stores, sample, original, noised }
     }
 
     #[test]
@@ -172,18 +202,23 @@ mod tests {
             step(store(1), reading.clone()),
             step(store(0), Source::Output.into()),
         ];
-        let plan = Plan::new(1.0, steps).expect("finite");
+        let plan = Plan::new(Blend::of_noise(1.0), steps).expect("finite");
         let kept: Vec<usize> = plan.steps.iter().map(|step| step.stores.len()).collect();
         assert_eq!(kept, [1, 1, 0, 0]);
         assert_eq!(plan.slots(), 1);
+        assert_eq!(plan.steps[2].noised, Blend::of_noise(1.0));
+        assert_eq!(plan.steps[3].noised, Blend::IMAGE);
     }
 
     #[test]
     fn a_plan_with_a_number_that_is_not_finite_is_refused() {
         for weight in [f64::NAN, f64::INFINITY] {
             let sample = Combination::from(Source::Sample).plus(Source::Output, weight);
-            let error = Plan::new(1.0, vec![step(vec![], sample)]).expect_err("not finite");
-            assert!(error.to_string().contains("step 1 of 1"), "{error}");
+            let finite = step(vec![], Source::Output.into());
+            for (start, step) in [(1.0, step(vec![], sample)), (weight, finite)] {
+                let error = Plan::new(Blend::of_noise(start), vec![step]).expect_err("not finite");
+                assert!(error.to_string().contains("step 1 of 1"), "{error}");
+            }
         }
     }
 

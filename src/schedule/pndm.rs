@@ -1,12 +1,12 @@
 //! PNDM (Liu et al. 2022): diffusers' `PNDMScheduler`. With `skip_prk_steps`, as Stable Diffusion's
 //! configurations have it, it is PLMS; without, three steps by Runge-Kutta come first.
 
-use super::Compile;
 use super::config::Fields;
-use super::plan::{Combination, Plan, Source, Step, Store};
+use super::plan::{Blend, Combination, Plan, Source, Step, Store};
 use super::prediction::Prediction;
 use super::spacing::{Spacing, Timesteps, round};
 use super::training::NoiseSchedule;
+use super::{Compile, Run};
 use crate::{Error, Result};
 
 /// Slots 0 to 2 are a ring of the last outputs; this one keeps the sample that a step repeats from.
@@ -39,99 +39,114 @@ pub(super) fn read(fields: &Fields) -> Result<Pndm> {
 
 impl Compile for Pndm {
     /// More evaluations than `steps`: one with `skip_prk_steps`, else nine.
-    fn compile(&self, steps: usize) -> Result<Plan> {
+    fn compile(&self, run: &Run) -> Result<Plan> {
         let train = self.training.len();
-        let timesteps = round(self.timesteps.visit(train, steps));
-        let visited: Vec<i64> = timesteps.into_iter().map(|timestep| timestep as i64).collect();
-        let stride = (train / steps) as i64;
-        let planned = if self.skip_prk_steps {
-            self.with_a_repeat(&visited, stride)?
-        } else {
-            self.with_runge_kutta(&visited, stride)?
+        let visited = round(self.timesteps.visit(train, run.steps));
+        let visited: Vec<i64> = visited.into_iter().map(|timestep| timestep as i64).collect();
+        let stride = (train / run.steps) as i64;
+        let runge_kutta = match self.skip_prk_steps {
+            true => Vec::new(),
+            false => runge_kutta(&visited, stride / 2)?,
         };
-        Plan::new(1.0, planned)
+        let evaluated = match visited.as_slice() {
+            // The second timestep is visited twice, the second time to improve the first step.
+            [first, second, rest @ ..] if self.skip_prk_steps => {
+                [&[*first, *second, *second], rest].concat()
+            }
+            _ if self.skip_prk_steps => visited,
+            _ => [&runge_kutta, &visited[RUNGE_KUTTA_STEPS..]].concat(),
+        };
+        // A run that begins later counts from there: diffusers knows no other place in the list.
+        let evaluated = run.rest(evaluated)?;
+        let mut planned = Vec::with_capacity(evaluated.len());
+        let mut kept = 0;
+        for (count, timestep) in evaluated.iter().copied().enumerate() {
+            let mut step = match runge_kutta.get(count / 4 * 4) {
+                Some(from) if count < runge_kutta.len() => {
+                    self.runge_kutta_step(count, *from, timestep, stride / 2, kept)?
+                }
+                Some(_) | None => self.multistep(count, timestep, stride, kept)?,
+            };
+            kept += step.stores.iter().filter(|store| store.slot < RING).count();
+            if let Some(next) = evaluated.get(count + 1) {
+                step.noised = self.training.noised(*next)?;
+            }
+            planned.push(step);
+        }
+        Plan::new(run.start(1.0, self.training.noised(evaluated[0])?), planned)
     }
 }
 
+/// The timesteps of three steps by the classic Runge-Kutta method, of four evaluations each.
+fn runge_kutta(visited: &[i64], half: i64) -> Result<Vec<i64>> {
+    if visited.len() <= RUNGE_KUTTA_STEPS {
+        return Err(Error::usage(format!(
+            "--steps {}: without skip_prk_steps in its configuration it takes at least {}",
+            visited.len(),
+            RUNGE_KUTTA_STEPS + 1
+        )));
+    }
+    let pairs = visited.windows(2).take(RUNGE_KUTTA_STEPS);
+    Ok(pairs.flat_map(|pair| [pair[0], pair[1] + half, pair[1] + half, pair[1]]).collect())
+}
+
 impl Pndm {
-    /// The second timestep is visited twice, the second time to improve the first step with the
-    /// mean of both outputs.
-    fn with_a_repeat(&self, visited: &[i64], stride: i64) -> Result<Vec<Step>> {
-        let mut planned = Vec::with_capacity(visited.len() + 1);
-        for (earlier, timestep) in visited.iter().copied().enumerate() {
-            let mut step = self.multistep(earlier, timestep, stride)?;
-            if earlier == 0 {
-                step.stores.push(keep_sample());
+    /// Evaluation `count` of a Runge-Kutta step from timestep `from`.
+    fn runge_kutta_step(
+        &self,
+        count: usize,
+        from: i64,
+        timestep: i64,
+        half: i64,
+        kept: usize,
+    ) -> Result<Step> {
+        let place = count % EVALUATIONS.len();
+        let to = if place.is_multiple_of(2) { timestep - half } else { timestep };
+        let output = Combination::from(Source::Output);
+        let weighted = Combination::default().plus(Source::Output, EVALUATIONS[place]);
+        let mean = weighted.clone().plus(Source::Stored(MEAN_OUTPUT), 1.0);
+        let first = Source::Stored(FIRST_SAMPLE);
+        let store = |value| Store { slot: MEAN_OUTPUT, value };
+        match place {
+            0 => {
+                let sample = self.transfer(Source::Sample, &output, from, to)?;
+                let stores = vec![keep_output(kept), keep_sample(), store(weighted)];
+                self.step(timestep, stores, sample)
             }
-            planned.push(step);
-            // With a single step there is nothing to improve.
-            if let (0, Some(second)) = (earlier, visited.get(1)) {
-                let mean =
-                    Combination::default().plus(Source::Output, 0.5).plus(Source::Stored(0), 0.5);
-                let first = Source::Stored(FIRST_SAMPLE);
-                let sample = self.transfer(first, &mean, second + stride, *second)?;
-                planned.push(self.step(*second, Vec::new(), sample)?);
+            1 | 2 => {
+                let sample = self.transfer(first, &output, from, to)?;
+                self.step(timestep, vec![store(mean)], sample)
+            }
+            _ => {
+                let sample = self.transfer(first, &mean, from, to)?;
+                self.step(timestep, Vec::new(), sample)
             }
         }
-        Ok(planned)
     }
 
-    /// Three steps by the classic Runge-Kutta method, of four evaluations each, then those that
-    /// need three earlier outputs.
-    fn with_runge_kutta(&self, visited: &[i64], stride: i64) -> Result<Vec<Step>> {
-        if visited.len() <= RUNGE_KUTTA_STEPS {
-            return Err(Error::usage(format!(
-                "--steps {}: without skip_prk_steps in its configuration it takes at least {}",
-                visited.len(),
-                RUNGE_KUTTA_STEPS + 1
-            )));
+    /// Evaluation `count` of the multistep method, of this output and the `kept` ones before it.
+    fn multistep(&self, count: usize, timestep: i64, stride: i64, kept: usize) -> Result<Step> {
+        if count == 1 {
+            let mean =
+                Combination::default().plus(Source::Output, 0.5).plus(Source::Stored(0), 0.5);
+            let first = Source::Stored(FIRST_SAMPLE);
+            let sample = self.transfer(first, &mean, timestep + stride, timestep)?;
+            return self.step(timestep, Vec::new(), sample);
         }
-        let half = stride / 2;
-        let mut planned = Vec::new();
-        for (earlier, pair) in visited.windows(2).take(RUNGE_KUTTA_STEPS).enumerate() {
-            let (from, to) = (pair[0], pair[1]);
-            // Where the model is evaluated, and where the evaluation leads.
-            let places = [(from, from - half), (to + half, to + half), (to + half, to), (to, to)];
-            for (place, (timestep, to)) in places.into_iter().enumerate() {
-                let output = Combination::from(Source::Output);
-                let weighted = Combination::default().plus(Source::Output, EVALUATIONS[place]);
-                let mean = weighted.clone().plus(Source::Stored(MEAN_OUTPUT), 1.0);
-                let first = Source::Stored(FIRST_SAMPLE);
-                let store = |value| Store { slot: MEAN_OUTPUT, value };
-                planned.push(match place {
-                    0 => {
-                        let sample = self.transfer(Source::Sample, &output, from, to)?;
-                        let stores = vec![keep_output(earlier), keep_sample(), store(weighted)];
-                        self.step(timestep, stores, sample)?
-                    }
-                    1 | 2 => {
-                        let sample = self.transfer(first, &output, from, to)?;
-                        self.step(timestep, vec![store(mean)], sample)?
-                    }
-                    _ => {
-                        let sample = self.transfer(first, &mean, from, to)?;
-                        self.step(timestep, Vec::new(), sample)?
-                    }
-                });
-            }
-        }
-        for (earlier, timestep) in visited.iter().copied().enumerate().skip(RUNGE_KUTTA_STEPS) {
-            planned.push(self.multistep(earlier, timestep, stride)?);
-        }
-        Ok(planned)
-    }
-
-    /// The step of this output and the `earlier` ones.
-    fn multistep(&self, earlier: usize, timestep: i64, stride: i64) -> Result<Step> {
-        let output = adams_bashforth(earlier);
+        let output = adams_bashforth(kept);
         let sample = self.transfer(Source::Sample, &output, timestep, timestep - stride)?;
-        self.step(timestep, vec![keep_output(earlier)], sample)
+        let mut stores = vec![keep_output(kept)];
+        if count == 0 {
+            stores.push(keep_sample());
+        }
+        self.step(timestep, stores, sample)
     }
 
     fn step(&self, timestep: i64, stores: Vec<Store>, sample: Combination) -> Result<Step> {
         let alpha = self.training.alpha_cumprod_or_final(timestep, self.set_alpha_to_one)?;
         let original = self.prediction.original(alpha.sqrt(), (1.0 - alpha).sqrt());
-        Ok(Step { timestep: timestep as f64, input_scale: 1.0, stores, sample, original })
+        let (timestep, noised) = (timestep as f64, Blend::IMAGE);
+        Ok(Step { timestep, input_scale: 1.0, stores, sample, original, noised })
     }
 
     /// Formula (9) of the paper: from timestep `from` to `to` along `output`.

@@ -3,6 +3,7 @@
 //! do we, rounding where torch rounds.
 
 use super::config::Fields;
+use super::plan::Blend;
 use crate::{Error, Result};
 
 /// The most training timesteps that a configuration may ask for.
@@ -76,6 +77,15 @@ impl NoiseSchedule {
             ..0 if alpha_one => Ok(1.0),
             timestep => self.alpha_cumprod(timestep.max(0)),
         }
+    }
+
+    /// `add_noise` at a timestep.
+    ///
+    /// # Errors
+    /// As [`alpha_cumprod`](Self::alpha_cumprod).
+    pub(super) fn noised(&self, timestep: i64) -> Result<Blend> {
+        let alpha = self.alpha_cumprod(timestep)?;
+        Ok(Blend { original: alpha.sqrt(), noise: (1.0 - alpha).sqrt() })
     }
 
     /// `sqrt((1 - alphas_cumprod) / alphas_cumprod)` of every training timestep, in f32.
