@@ -1,13 +1,21 @@
-//! A finished picture: its pixels, the PNG they become and the text that says how it was made.
+//! A picture: its pixels, the file they become or come from, and the text that says how it was
+//! made.
 //! Separate because it is plain memory: no device, no tensor, no file.
 
+mod container;
+mod exif;
+mod format;
 mod infotext;
+mod of_png;
 mod read;
+mod resize;
+mod turn;
 
 use std::fmt;
 
+pub use format::{FileFormat, JPEG_QUALITY};
 pub use infotext::Infotext;
-pub use read::{MAX_PNG_BYTES, PngTexts};
+pub use read::{MAX_PICTURE_BYTES, PictureTexts};
 
 use crate::error::{Error, Result};
 

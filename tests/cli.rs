@@ -24,7 +24,7 @@ fn errors_are_one_line_on_stderr_with_the_documented_exit_code() {
         ("a|red|fox", 2, "quote it: tiny-sd \"a red fox\""),
         ("x|--stesp|3", 2, "'--steps'"),
         ("x|-W|100", 2, "96 and 104 are near"),
-        ("x|-o|x.jpg", 2, ".png"),
+        ("x|-o|x.gif", 2, ".png, .jpg, .jpeg or .webp"),
         ("compare|x|--against|mock|-o|x.png", 2, "compare writes no picture"),
         ("x|-o|no/such/folder/x.png", 1, "there is no folder no/such/folder"),
     ] {

@@ -13,6 +13,7 @@ mod metadata;
 mod null;
 mod numbers;
 mod peer;
+mod pictures;
 mod processes;
 mod protocol;
 mod quic;

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 use tempfile::TempDir;
-use tiny_sd::image::{ImageSize, Parameters, Picture, PngTexts};
+use tiny_sd::image::{ImageSize, Parameters, Picture, PictureTexts};
 
 use super::golden::fixtures;
 use super::processes::{Worker, picture};
@@ -30,12 +30,12 @@ fn command(folder: &Path, program: &str) -> Command {
     command
 }
 
-fn run(folder: &Path, words: &[&str]) -> Output {
+pub fn run(folder: &Path, words: &[&str]) -> Output {
     command(folder, env!("CARGO_BIN_EXE_tiny-sd")).args(words).output().unwrap()
 }
 
 /// What a run that must end with `code` prints: the product, and what is said beside it.
-fn ends_with(code: i32, output: &Output) -> (String, String) {
+pub fn ends_with(code: i32, output: &Output) -> (String, String) {
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
     let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
     assert_eq!(output.status.code(), Some(code), "{stdout}{stderr}");
@@ -52,7 +52,7 @@ fn fox() -> TempDir {
     folder
 }
 
-fn json(folder: &Path, words: &[&str], code: i32) -> Value {
+pub fn json(folder: &Path, words: &[&str], code: i32) -> Value {
     let (stdout, _) = ends_with(code, &run(folder, words));
     assert_eq!(stdout.lines().count(), 1, "{stdout}");
     serde_json::from_str(&stdout).unwrap()
@@ -171,7 +171,7 @@ fn from_makes_the_same_picture_and_flags_that_are_given_win() {
 /// The picture with other pixels and the same texts.
 fn edited(path: &Path, edit: impl FnOnce(Picture) -> Picture) -> Vec<u8> {
     let file = fs::read(path).unwrap();
-    let record = PngTexts::read(&file).unwrap().record.unwrap();
+    let record = PictureTexts::read(&file).unwrap().record.unwrap();
     let parameters = Parameters {
         prompt: String::new(),
         negative_prompt: String::new(),
@@ -182,7 +182,7 @@ fn edited(path: &Path, edit: impl FnOnce(Picture) -> Picture) -> Vec<u8> {
         size: ImageSize { height: 1, width: 1 },
         model: String::new(),
     };
-    edit(Picture::from_png(&file).unwrap()).to_png(&parameters, &record).unwrap()
+    edit(Picture::from_opaque_file(&file).unwrap()).to_png(&parameters, &record).unwrap()
 }
 
 #[test]
@@ -277,7 +277,8 @@ fn prompts(folder: &Path) -> Vec<String> {
     let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let mut names: Vec<_> = names.collect();
     names.sort();
-    let record = |path: &PathBuf| PngTexts::read(&fs::read(path).unwrap()).unwrap().record.unwrap();
+    let record =
+        |path: &PathBuf| PictureTexts::read(&fs::read(path).unwrap()).unwrap().record.unwrap();
     let prompt = |path| {
         let record: Value = serde_json::from_str(&record(path)).unwrap();
         record["prompt"].as_str().unwrap().to_owned()

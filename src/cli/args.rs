@@ -39,7 +39,7 @@ pub(super) struct Args {
     /// Take the settings of a picture; flags that are given win
     ///
     /// Reads what tiny-sd records, all of it, the model included, and what AUTOMATIC1111's web UI
-    /// and stable-diffusion.cpp write in PNG files.
+    /// and stable-diffusion.cpp write in PNG, JPEG and WebP files.
     #[arg(long, value_name = "PICTURE")]
     pub from: Option<PathBuf>,
 
@@ -65,8 +65,10 @@ pub(super) struct PictureArgs {
     #[arg(allow_hyphen_values = true)]
     pub negative_prompt: String,
 
-    /// Where the picture goes: a .png file, a folder, or - for standard output
+    /// Where the picture goes: a .png, .jpg or .webp file, a folder, or - for standard output
     ///
+    /// The suffix is the format: PNG and WebP keep every bit, JPEG has quality 95 and full colour.
+    /// Standard output and folders get PNG.
     /// {seed} and {index} (from 1) in the name are filled in; with --count above 1 and neither,
     /// -INDEX goes before the suffix. A plain name is overwritten; a default, numbered or
     /// filled-in name never is: -1, -2, … is appended instead. [default: tiny-sd-SEED.png]
@@ -213,6 +215,7 @@ Examples:
   tiny-sd \"a fox\" -n \"blurry, text\"              --negative-prompt
   tiny-sd \"a fox\" -o - | display                 --output to a pipe
   tiny-sd \"a fox\" -o \"fox-{seed}.png\"            --output with the seed in its name
+  tiny-sd \"a fox\" -o fox.jpg                    a JPEG; .webp is smaller than .png
   tiny-sd \"a fox\" -m ./my-model                  --model from a folder
   tiny-sd \"a fox\" -m org/name --revision v1.0    --model from the hub, a certain --revision
   tiny-sd \"a fox\" --variant fp16                 the files named .fp16.

@@ -1,4 +1,4 @@
-//! The settings of a picture as flags: what `--from` and `verify` make of what a PNG says of
+//! The settings of a picture as flags: what `--from` and `verify` make of what a file says of
 //! itself. Separate because flags come from a command line, and these from strangers' files.
 
 use std::path::Path;
@@ -12,7 +12,7 @@ use super::model::ModelSource;
 use super::settings::{ModelRecord, Settings};
 use super::surroundings::{At, Surroundings};
 use crate::error::{Error, Result};
-use crate::image::{Infotext, MAX_PNG_BYTES, PngTexts};
+use crate::image::{Infotext, MAX_PICTURE_BYTES, PictureTexts};
 use crate::schedule::SchedulerKind;
 
 /// stable-diffusion.cpp's names of samplers that are here too.
@@ -61,10 +61,10 @@ pub(super) fn read_picture(path: &Path, surroundings: &dyn Surroundings) -> Resu
         At::Folder => return Err(Error::other("it is a folder, not a picture")),
         At::File | At::Device => {}
     }
-    let bytes = surroundings.read_file(path, MAX_PNG_BYTES);
+    let bytes = surroundings.read_file(path, MAX_PICTURE_BYTES);
     let bytes = bytes.map_err(|error| Error::other(error.to_string()))?;
-    if bytes.len() > MAX_PNG_BYTES {
-        return Err(Error::other(format!("it is larger than {MAX_PNG_BYTES} bytes")));
+    if bytes.len() > MAX_PICTURE_BYTES {
+        return Err(Error::other(format!("it is larger than {MAX_PICTURE_BYTES} bytes")));
     }
     Ok(bytes)
 }
@@ -92,7 +92,7 @@ fn fill_in_from(
     surroundings: &dyn Surroundings,
 ) -> Result<Vec<String>> {
     let file = read_picture(path, surroundings)?;
-    let texts = PngTexts::read(&file)?;
+    let texts = PictureTexts::read(&file)?;
     let mut filling = Filling { args, is_given };
     match (&texts.record, &texts.parameters) {
         (Some(record), _) => {
@@ -408,7 +408,7 @@ mod tests {
             with_record(&json.replace(from, to))
         };
         for (file, words, expected) in [
-            (b"GIF89a".to_vec(), "", "--from x.png: it is no PNG"),
+            (b"GIF89a".to_vec(), "", "--from x.png: it is no PNG, JPEG or WebP"),
             (with_text(""), "", "says nothing about how it was made"),
             (picture().to_plain_png().unwrap(), "", "says nothing about how it was made"),
             (with_record("{}"), "", "its record cannot be read: missing field"),

@@ -20,7 +20,7 @@ use super::settings::Settings;
 use super::surroundings::{At, Process, Surroundings};
 use super::values::Verbosity;
 use crate::error::{Error, Result};
-use crate::image::{Infotext, PngTexts};
+use crate::image::{FileFormat, Infotext, PictureTexts};
 use crate::pipeline;
 use crate::schedule::SchedulerConfig;
 use crate::weights::{Checkpoint, Component, Format, ModelFolder, Variant};
@@ -34,7 +34,7 @@ use crate::weights::{Checkpoint, Component, Format, ModelFolder, Variant};
     after_help = AFTER_HELP
 )]
 struct InfoArgs {
-    /// A PNG, a folder in diffusers layout, a repository that was downloaded, or a weight file
+    /// A picture, a folder in diffusers layout, a repository that was downloaded, or a weight file
     #[arg(value_name = "PICTURE|MODEL")]
     what: PathBuf,
 
@@ -109,7 +109,7 @@ pub(super) fn parse(
             let name = what.to_string_lossy();
             let source = name.parse::<ModelSource>().ok();
             // No repository is called as a picture is.
-            let is_picture = name.to_ascii_lowercase().ends_with(".png");
+            let is_picture = FileFormat::of_name(&what).is_some();
             let source =
                 source.filter(|source| !is_picture && matches!(source, ModelSource::Hub(_)));
             Subject::Model(source.ok_or_else(|| {
@@ -170,7 +170,7 @@ fn file(path: &Path) -> Result<Found> {
 }
 
 fn picture(path: &Path) -> Result<Found> {
-    let texts = PngTexts::read(&read_picture(path, &Process)?)?;
+    let texts = PictureTexts::read(&read_picture(path, &Process)?)?;
     let record = texts.record.as_deref().map(Settings::from_json).transpose()?;
     let infotext = texts.parameters.as_deref().map(Infotext::parse);
     let (name, size) = (path.display().to_string(), texts.size);

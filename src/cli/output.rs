@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::surroundings::{At, Surroundings};
 use super::values::Count;
 use crate::error::{Error, Result};
+use crate::image::FileFormat;
 
 /// The name of a picture that nobody named.
 const DEFAULT_NAME: &str = "tiny-sd-{seed}.png";
@@ -33,11 +34,23 @@ pub enum Target {
     Fresh(PathBuf),
 }
 
+impl Target {
+    /// The kind of file that goes there: what the name says, or PNG where it says nothing.
+    pub(super) fn format(&self) -> FileFormat {
+        match self {
+            Target::Stdout => FileFormat::Png,
+            Target::Replace(path) | Target::Fresh(path) => {
+                FileFormat::of_name(path).unwrap_or(FileFormat::Png)
+            }
+        }
+    }
+}
+
 impl OutputPlan {
     /// What `--output` means for `count` pictures.
     ///
     /// # Errors
-    /// If the name is no name of a PNG, or one place is asked to hold several pictures.
+    /// If the name is no name of a picture, or one place is asked to hold several pictures.
     pub(super) fn new(
         output: Option<&Path>,
         count: Count,
@@ -74,13 +87,12 @@ impl OutputPlan {
     /// What the name of a file means for `count` pictures.
     ///
     /// # Errors
-    /// If it is no name of a PNG, or cannot be numbered.
+    /// If it is no name of a picture, or cannot be numbered.
     pub(super) fn of_file(path: &Path, count: Count) -> Result<Self> {
         let (shown, count) = (path.display(), count.get());
-        if !path.extension().is_some_and(|suffix| suffix.eq_ignore_ascii_case("png")) {
-            return Err(Error::usage(format!(
-                "--output {shown}: pictures are PNG files, the name must end in .png"
-            )));
+        if FileFormat::of_name(path).is_none() {
+            let suffixes = FileFormat::SUFFIXES;
+            return Err(Error::usage(format!("--output {shown}: the name must end in {suffixes}")));
         }
         match (path.to_str(), count) {
             (Some(name), _) if name.contains("{index}") => Ok(OutputPlan::Fresh(path.to_owned())),
@@ -153,6 +165,8 @@ mod tests {
             ("--count|2", vec![fresh("tiny-sd-42.png"), fresh("tiny-sd-43.png")]),
             ("-o|a.png", vec![replace("a.png")]),
             ("-o|b/c.PNG", vec![replace("b/c.PNG")]),
+            ("-o|b.jpeg", vec![replace("b.jpeg")]),
+            ("-o|b.webp|--count|2", vec![fresh("b-1.webp"), fresh("b-2.webp")]),
             ("-o|a.png|--count|2", vec![fresh("a-1.png"), fresh("a-2.png")]),
             ("-o|d.e/x.y.png|--count|2", vec![fresh("d.e/x.y-1.png"), fresh("d.e/x.y-2.png")]),
             ("-o|{seed}/{index}.png|--count|2", vec![fresh("42/1.png"), fresh("43/2.png")]),
@@ -172,7 +186,7 @@ mod tests {
     fn a_place_that_cannot_hold_the_pictures_is_an_error() {
         let mut fake = Fake { there: vec![("pipe", At::Device)], ..Fake::default() };
         for (words, expected) in [
-            ("-o|a.jpg", "the name must end in .png"),
+            ("-o|a.gif", "the name must end in .png, .jpg, .jpeg or .webp"),
             ("-o|a", "the name must end in .png"),
             ("-o|", "a value is required for '--output"),
             ("-o|.png", "the name must end in .png"),

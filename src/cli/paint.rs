@@ -10,7 +10,7 @@ use super::previews::Previews;
 use super::run::Painter;
 use super::settings::Settings;
 use crate::error::Result;
-use crate::image::{ImageSize, Parameters, Picture};
+use crate::image::{FileFormat, ImageSize, Parameters, Picture};
 use crate::pipeline::PictureRequest;
 use crate::progress::Progress;
 
@@ -24,6 +24,8 @@ pub(super) struct Order<'a> {
     pub job: &'a Job,
     /// Of its noise.
     pub seed: u64,
+    /// The kind of file that it becomes.
+    pub format: FileFormat,
     /// Where its previews go, if it has any.
     pub preview: Option<Target>,
 }
@@ -33,7 +35,7 @@ pub(super) struct Finished {
     /// Of the picture.
     pub size: ImageSize,
     /// The file.
-    pub png: Vec<u8>,
+    pub file: Vec<u8>,
     /// How it was made.
     pub settings: Settings,
 }
@@ -60,7 +62,7 @@ pub(super) fn paint(
     teller.check()?;
     let provenance = painter.provenance()?;
     let finish = |((order, request), picture): ((&Order<'_>, &PictureRequest<'_>), &Picture)| {
-        let Order { job, seed, .. } = *order;
+        let Order { job, seed, format, .. } = *order;
         let sampler = job.scheduler.map_or(painter.sampler(), |kind| kind.label());
         let parameters = Parameters {
             prompt: job.prompt.clone(),
@@ -73,8 +75,8 @@ pub(super) fn paint(
             model: job.model.short_name(),
         };
         let settings = Settings::new(job, seed, picture.size(), provenance.clone());
-        let png = picture.to_png(&parameters, &settings.to_json())?;
-        Ok(Finished { size: picture.size(), png, settings })
+        let file = picture.to_file(format, &parameters, &settings.to_json())?;
+        Ok(Finished { size: picture.size(), file, settings })
     };
     orders.iter().zip(&requests).zip(&painted).map(finish).collect()
 }

@@ -58,8 +58,8 @@ impl<'a> Previews<'a> {
         let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(place) = places.get_mut(index) else { return Ok(()) };
         let Some(target) = &place.target else { return Ok(()) };
-        let png = picture.enlarged(self.size)?.to_plain_png()?;
-        if let Some(path) = files::write(target, &png)? {
+        let file = picture.enlarged(self.size)?.to_plain_file(target.format())?;
+        if let Some(path) = files::write(target, &file)? {
             files::add_passing_file(&path);
             (self.written)(index, done, &path);
             *place = Place { target: Some(Target::Replace(path.clone())), file: Some(path) };

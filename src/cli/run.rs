@@ -157,7 +157,10 @@ fn paint_together(
     let start = Instant::now();
     let targets: Vec<_> =
         pictures.iter().map(|&(index, seed)| job.output.target(seed, index)).collect();
-    let order = |(&(_, seed), target)| Order { job, seed, preview: beside(target) };
+    let order = |(&(_, seed), target): (&(usize, u64), &Target)| {
+        let (format, preview) = (target.format(), beside(target));
+        Order { job, seed, format, preview }
+    };
     let orders: Vec<_> = pictures.iter().zip(&targets).map(order).collect();
     let name = |&(index, seed)| PictureName { line: None, index, seed, output: None };
     let names: Vec<_> = pictures.iter().map(name).collect();
@@ -166,8 +169,8 @@ fn paint_together(
     let pace = pace(pictures.len(), display.times(), start);
     let steps = job.steps.get();
     for ((picture, target), finished) in names.iter().zip(&targets).zip(finished) {
-        let Finished { size, png, settings } = finished;
-        let path = files::write(target, &png)?;
+        let Finished { size, file, settings } = finished;
+        let path = files::write(target, &file)?;
         let name = path.map_or("standard output".to_owned(), |path| path.display().to_string());
         display.line(format!(
             "{}: seed {}, {size}, {steps} step{} in {pace}",

@@ -21,7 +21,7 @@ use super::surroundings::Surroundings;
 use super::values::Verbosity;
 use crate::backend::cpu;
 use crate::error::{Error, Result};
-use crate::image::{ImageSize, Picture, PngTexts};
+use crate::image::{FileFormat, ImageSize, JPEG_QUALITY, Picture, PictureTexts};
 
 /// Version of what `--json` prints.
 const SCHEMA_VERSION: u32 = 1;
@@ -35,7 +35,7 @@ const SCHEMA_VERSION: u32 = 1;
     after_help = AFTER_HELP
 )]
 struct VerifyArgs {
-    /// A PNG that tiny-sd has written
+    /// A picture that tiny-sd has written
     #[arg(value_name = "PICTURE")]
     picture: PathBuf,
 
@@ -59,7 +59,8 @@ const AFTER_HELP: &str = "\
 Model, revision, variant and dtype are the record's unless they are given. The answer is one line on
 standard output: bit-exact, or how near the pixels are (PSNR in dB, more is nearer), and then what
 is not as recorded: weights, configuration, version, pipeline, scheduler, dtype, device, kernels.
-Other kernels or another kind of device round in other ways, which leaves 50 dB or more.
+Other kernels or another kind of device round in other ways, which leaves 50 dB or more. A JPEG is
+compared with the JPEG that the picture made here becomes, so it can be bit-exact as well.
 
 Examples:
   tiny-sd verify out.png
@@ -79,6 +80,7 @@ Exit codes:
 pub struct VerifyJob {
     path: PathBuf,
     pixels: Picture,
+    format: FileFormat,
     recorded: Settings,
     job: Job,
     is_json: bool,
@@ -109,16 +111,17 @@ pub(super) fn parse(
     let VerifyArgs { picture: path, json: is_json, model, quiet, verbose } = args;
     let read = |path: &Path| {
         let file = read_picture(path, surroundings)?;
-        let record = PngTexts::read(&file)?.record;
-        let record = record.ok_or_else(|| {
+        let texts = PictureTexts::read(&file)?;
+        let record = texts.record.ok_or_else(|| {
             Error::usage(
                 "it has no record of tiny-sd's to make it again from; --from takes what other \
                  programs write",
             )
         })?;
-        Ok((Picture::from_png(&file)?, Settings::from_json(&record)?))
+        Ok((Picture::from_opaque_file(&file)?, texts.format, Settings::from_json(&record)?))
     };
-    let (pixels, recorded) = read(&path).map_err(|error: Error| error.context(path.display()))?;
+    let (pixels, format, recorded) =
+        read(&path).map_err(|error: Error| error.context(path.display()))?;
     // A picture's command line without a flag.
     let bare = Args::try_parse_from(["tiny-sd"]).map_err(|error| usage(&error))?;
     let mut args = Args { model, ..bare };
@@ -132,7 +135,7 @@ pub(super) fn parse(
         (false, false) => Verbosity::Normal,
     };
     let job = Job { verbosity, ..job };
-    Ok(Request::Verify(Box::new(VerifyJob { path, pixels, recorded, job, is_json })))
+    Ok(Request::Verify(Box::new(VerifyJob { path, pixels, format, recorded, job, is_json })))
 }
 
 /// Makes the picture again and prints the answer; the exit code says it too.
@@ -140,7 +143,7 @@ pub(super) fn parse(
 /// # Errors
 /// If the model cannot be loaded, a device fails, or the user interrupts.
 pub fn verify(verify: &VerifyJob, open: &mut OpenPainter<'_>) -> Result<ExitCode> {
-    let VerifyJob { path, pixels, recorded, job, is_json } = verify;
+    let VerifyJob { path, pixels, format, recorded, job, is_json } = verify;
     interrupt::install(job.verbosity == Verbosity::Quiet)?;
     cpu::check_kernel_path()?;
     let display = Display::new(job.verbosity);
@@ -154,7 +157,10 @@ pub fn verify(verify: &VerifyJob, open: &mut OpenPainter<'_>) -> Result<ExitCode
     };
     let here = Settings::new(job, job.seed, request.size, painter.provenance()?);
     drop((painter, display));
-    let answer = Answer { psnr: made.map(|made| psnr(&made, pixels)), recorded, here };
+    // With the loss that the file has, so that nothing else is left to differ.
+    let made = made.map(|made| made.as_kept_by(*format)).transpose()?;
+    let psnr = made.map(|made| psnr(&made, pixels));
+    let answer = Answer { psnr, format: *format, recorded, here };
     let name = path.display().to_string();
     super::print(&match is_json {
         true => format!("{}\n", answer.json(&name, pixels.size())),
@@ -167,6 +173,7 @@ pub fn verify(verify: &VerifyJob, open: &mut OpenPainter<'_>) -> Result<ExitCode
 struct Answer<'a> {
     /// In dB, infinite for the same pixels; none if the sizes differ.
     psnr: Option<f64>,
+    format: FileFormat,
     recorded: &'a Settings,
     here: Settings,
 }
@@ -206,7 +213,12 @@ impl Answer<'_> {
         /// So many digits of a hash tell it from another.
         const SHOWN: usize = 24;
         let mut line = match self.psnr {
-            Some(f64::INFINITY) => format!("{name}: bit-exact"),
+            Some(f64::INFINITY) => match self.format {
+                FileFormat::Png | FileFormat::WebP => format!("{name}: bit-exact"),
+                FileFormat::Jpeg => {
+                    format!("{name}: bit-exact, as a JPEG of quality {JPEG_QUALITY}")
+                }
+            },
             Some(psnr) => format!("{name}: differs, {psnr:.2} dB"),
             None => {
                 let Settings { width, height, .. } = self.recorded;
@@ -236,6 +248,7 @@ impl Answer<'_> {
             "picture": name,
             "width": size.width,
             "height": size.height,
+            "format": self.format.name(),
             "is_exact": self.is_exact(),
             // An infinite one is no number of JSON.
             "psnr_db": self.psnr.filter(|psnr| psnr.is_finite()),
@@ -270,7 +283,8 @@ mod tests {
         let recorded = settings();
         let size = ImageSize { height: 64, width: 128 };
         let check = |(here, psnr): (Settings, Option<f64>), expected: &str, is_exact: bool| {
-            let answer = Answer { psnr, recorded: &recorded, here };
+            let format = FileFormat::Png;
+            let answer = Answer { psnr, format, recorded: &recorded, here };
             assert_eq!(answer.line("a.png", size), expected);
             assert_eq!(answer.is_exact(), is_exact);
         };
@@ -294,7 +308,10 @@ mod tests {
              kernels: avx512 is recorded, avx2 is here",
             false,
         );
-        let small = Answer { psnr: None, recorded: &recorded, here: settings() };
+        let format = FileFormat::Jpeg;
+        let exact = Answer { psnr: exact, format, recorded: &recorded, here: settings() };
+        assert_eq!(exact.line("a.jpg", size), "a.jpg: bit-exact, as a JPEG of quality 95");
+        let small = Answer { psnr: None, format, recorded: &recorded, here: settings() };
         let expected = "a.png: differs, it has 8x8 pixels, and its record 128x64";
         assert_eq!(small.line("a.png", ImageSize { height: 8, width: 8 }), expected);
         let json: serde_json::Value = serde_json::from_str(&small.json("a.png", size)).unwrap();

@@ -1,22 +1,23 @@
-//! Pictures of anybody's: PNG files, the texts in them, and the records and settings in those.
+//! Pictures of anybody's: PNG, JPEG and WebP files, the texts in them, and the records and settings
+//! in those.
 
 use tiny_sd::cli::Settings;
-use tiny_sd::image::{ImageSize, Infotext, Parameters, Picture, PngTexts};
+use tiny_sd::image::{FileFormat, ImageSize, Infotext, Parameters, Picture, PictureTexts};
 
 use super::{Target, damaged, noise};
 use crate::numbers::Random;
 
-/// Texts are unpacked to 4 MiB at most, chunks take 32 MiB, and pixels those of 4096×4096 with
-/// alpha, and once more as RGB.
+/// Texts are unpacked to 4 MiB at most, chunks take 32 MiB, and pixels those of 8192×8192 with
+/// alpha, once more as RGB, and once more turned.
 pub const TARGET: Target =
-    Target { name: "pictures", run, draw, max_memory_bytes: |len| (256 << 20) + 200 * len };
+    Target { name: "pictures", run, draw, max_memory_bytes: |len| (1 << 30) + 200 * len };
 
 fn run(bytes: &[u8]) {
-    if let Ok(texts) = PngTexts::read(bytes) {
+    if let Ok(texts) = PictureTexts::read(bytes) {
         texts.record.iter().for_each(|record| settings(record));
         texts.parameters.iter().for_each(|text| infotext(text));
     }
-    if let Ok(picture) = Picture::from_png(bytes) {
+    if let Ok(picture) = Picture::from_file(bytes) {
         let ImageSize { height, width } = picture.size();
         assert_eq!(picture.rgb().len(), height * width * 3);
     }
@@ -82,7 +83,9 @@ fn draw(random: &mut Random) -> Vec<u8> {
                 size,
                 model: text(random, b"a/b"),
             };
-            let file = picture.to_png(&parameters, &record).expect("it is small");
+            let formats = [FileFormat::Png, FileFormat::Jpeg, FileFormat::WebP];
+            let format = formats[random.below(formats.len())];
+            let file = picture.to_file(format, &parameters, &record).expect("it is small");
             damaged(random, &file)
         }
     }

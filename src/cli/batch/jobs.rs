@@ -379,7 +379,7 @@ mod tests {
             ("", "{\"prompt\":\"a\",\"output\":\"../x.png\"}", "without .."),
             ("", "{\"prompt\":\"a\",\"output\":\"/x.png\"}", "not from the root"),
             ("", "{\"prompt\":\"a\",\"output\":\"-\"}", "must end in .png"),
-            ("", "{\"prompt\":\"a\",\"output\":\"x.jpg\"}", "must end in .png"),
+            ("", "{\"prompt\":\"a\",\"output\":\"x.gif\"}", "must end in .png"),
             ("-o|x.png", "a\n#\nb", "lines 1 and 3 both write x.png"),
             ("-o|a/x.png", "a\n--prompt b --output ./a//x.png", "lines 1 and 2 both write a/x.png"),
             (

@@ -180,24 +180,24 @@ impl<'a> Runner<'a> {
         let teller = Teller { stream, device, pictures: &names, progress: &watch };
         display.begin(title(group));
         // Whatever is there already stays.
-        let preview = |work| beside(&Target::Replace(self.place(work)));
-        let orders: Vec<_> = group
-            .iter()
-            .map(|work| Order { job: &work.task.job, seed: work.task.seed, preview: preview(work) })
-            .collect();
+        let order = |work: &Work<'a>| {
+            let (target, Task { job, seed, .. }) = (Target::Replace(self.place(work)), work.task);
+            Order { job, seed: *seed, format: target.format(), preview: beside(&target) }
+        };
+        let orders: Vec<_> = group.iter().map(order).collect();
         let painted = paint(&orders, painter, &teller);
         // Whatever failed, this is why.
         teller.check().map_err(Failure::OfBatch)?;
         let painted = painted.map_err(Failure::OfPictures)?;
-        for (((work, path), picture), Finished { size, png, .. }) in
+        for (((work, path), picture), Finished { size, file, .. }) in
             group.iter().zip(&paths).zip(&names).zip(painted)
         {
-            if let Err(error) = files::write_in_batch(&self.place(work), &png) {
+            if let Err(error) = files::write_in_batch(&self.place(work), &file) {
                 self.failed(work, &error);
                 continue;
             }
             let Work { task, key, .. } = work;
-            let record = Record::new(key.clone(), task.output.clone(), &png);
+            let record = Record::new(key.clone(), task.output.clone(), &file);
             lock(&self.manifest).add(record).map_err(Failure::OfBatch)?;
             let (steps, settings) = (task.job.steps.get(), key.as_str());
             let made = Made { picture: *picture, output: path, size, steps, settings };
