@@ -19,7 +19,7 @@ use tiny_sd::model::{Decoder, TextEncoder, UNet};
 use tiny_sd::nn::Loader;
 use tiny_sd::rng::Generator;
 use tiny_sd::tensor::Tensor;
-use tiny_sd::weights::{Checkpoint, Component, ModelFolder};
+use tiny_sd::weights::{Checkpoint, Component, Model};
 
 #[path = "../tests/peer.rs"]
 mod peer;
@@ -124,7 +124,7 @@ fn unet(criterion: &mut Criterion, device: &Device) -> Result<()> {
 fn together(criterion: &mut Criterion, device: &Device) -> Result<()> {
     let (config, checkpoint) = match std::env::var_os("TINY_SD_BENCH_MODEL") {
         Some(folder) => {
-            let folder = ModelFolder::open(folder)?;
+            let folder = Model::open(folder, None)?;
             (folder.config(Component::Unet)?, folder.checkpoint(Component::Unet, None)?)
         }
         None => {

@@ -4,11 +4,10 @@
 //! transformers 5 builds the same normalizer and pre-tokenizer whatever files a model has, and
 //! takes only the vocabulary, the merges and the added tokens from them; so does this.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use serde_json::{Map, Value};
-use tokenizers::SplitDelimiterBehavior;
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::replace::ReplacePattern;
 use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as Normalizers};
@@ -16,10 +15,12 @@ use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
 use crate::error::{Error, Result};
 use special::{SpecialTokens, added_tokens_decoder, tokens_to_add};
 
+mod clip;
 mod special;
 
 /// CLIP's context: tokens in a prompt, `<|startoftext|>` and `<|endoftext|>` included.
@@ -70,14 +71,29 @@ impl Tokenizer {
         let mut config = read_object(folder, "tokenizer_config.json")?.unwrap_or_default();
         let fast = read_object(folder, "tokenizer.json")?;
         let decoder = added_tokens_decoder(folder, &mut config, fast.as_ref())?;
-        let special = SpecialTokens::of(&config)?;
-
-        let (vocab, merges) = match &fast {
+        let vocabulary = match &fast {
             Some(fast) => vocabulary_of_tokenizer_json(fast)?,
             None => vocabulary_of_files(folder)?,
         };
+        Self::new(&config, decoder, vocabulary)
+    }
+
+    /// CLIP's own, as in every published model but for the token that prompts are padded with.
+    ///
+    /// # Errors
+    /// If that is no token of CLIP's.
+    pub fn clip(pad_token: &str) -> Result<Self> {
+        Self::new(&clip::config(pad_token), BTreeMap::new(), clip::vocabulary())
+    }
+
+    fn new(
+        config: &Map<String, Value>,
+        decoder: BTreeMap<u64, AddedToken>,
+        (vocab, merges): (Vocab, Merges),
+    ) -> Result<Self> {
+        let special = SpecialTokens::of(config)?;
         let mut bpe = clip_tokenizer(vocab, merges, special.text("unk_token")?)?;
-        bpe.add_tokens(tokens_to_add(decoder, &special, &config)?)
+        bpe.add_tokens(tokens_to_add(decoder, &special, config)?)
             .map_err(|error| Error::model(format!("added tokens: {error}")))?;
 
         let id = |name: &str| -> Result<u32> {
@@ -86,7 +102,7 @@ impl Tokenizer {
                 .ok_or_else(|| Error::model(format!("{name} {text:?} is not in the vocabulary")))
         };
         let (bos, eos, pad) = (id("bos_token")?, id("eos_token")?, id("pad_token")?);
-        Ok(Self { bos, eos, pad, length: context_length(&config)?, bpe })
+        Ok(Self { bos, eos, pad, length: context_length(config)?, bpe })
     }
 
     /// How many ids every encoding has: `model_max_length`, 77 for every published model.

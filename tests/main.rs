@@ -19,6 +19,7 @@ mod protocol;
 mod quic;
 mod remote;
 mod second_oracle;
+mod single;
 mod small_ops;
 mod structure;
 mod together;

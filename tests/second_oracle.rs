@@ -14,7 +14,7 @@ use tiny_sd::model::{Decoder, TextEncoder, UNet};
 use tiny_sd::nn::Loader;
 use tiny_sd::rng::Generator;
 use tiny_sd::tensor::Tensor;
-use tiny_sd::weights::{Checkpoint, Component, ModelFolder};
+use tiny_sd::weights::{Checkpoint, Component, Model};
 
 use super::peer;
 
@@ -52,9 +52,9 @@ fn check_close(what: &str, ours: &Tensor<Cpu>, theirs: &Candle) {
     assert!(ours.iter().all(|value| value.is_finite()), "{what}");
 }
 
-fn fixture() -> ModelFolder {
+fn fixture() -> Model {
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models");
-    ModelFolder::open(models.join("sd1")).unwrap()
+    Model::open(models.join("sd1"), None).unwrap()
 }
 
 #[test]

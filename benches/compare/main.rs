@@ -17,7 +17,7 @@ use tiny_sd::model::vae::VaeConfig;
 use tiny_sd::model::{Decoder, UNet};
 use tiny_sd::nn::Loader;
 use tiny_sd::tensor::Tensor;
-use tiny_sd::weights::{Component, ModelFolder};
+use tiny_sd::weights::{Component, Model};
 
 type Cpu = Tensor<Storage>;
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -98,7 +98,7 @@ struct Stages {
 
 impl Stages {
     fn load(options: &Options, device: &Device) -> Result<Self> {
-        let folder = ModelFolder::open(&options.model)?;
+        let folder = Model::open(&options.model, None)?;
         let has = |stage: &str| options.stages.iter().any(|known| known == stage);
         let (side, inputs) = (options.side, &options.inputs);
         let mut loaded = Self { unet: None, vae: None };

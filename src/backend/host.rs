@@ -94,6 +94,15 @@ impl HostTensor {
         self
     }
 
+    /// The same stored elements seen by another layout: a part of them, or in another shape.
+    ///
+    /// # Errors
+    /// If the layout reaches beyond the bytes.
+    pub fn with_layout(&self, layout: Layout) -> Result<Self> {
+        let view = Self::new(self.dtype, layout, self.bytes.clone(), self.byte_offset)?;
+        Ok(Self { origin: self.origin.clone(), ..view })
+    }
+
     /// Where it lies, if that is known.
     pub fn origin(&self) -> Option<&Origin> {
         self.origin.as_ref()

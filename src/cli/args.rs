@@ -111,9 +111,20 @@ pub(super) struct PictureArgs {
 /// The model, and where it is computed: the same for all pictures of a run.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct ModelArgs {
-    /// A Hugging Face repository (org/name) or a folder in diffusers layout
-    #[arg(short, long, value_name = "REPO|DIR", default_value = default_model())]
+    /// A Hugging Face repository (org/name), a folder in diffusers layout, or a model in one file
+    ///
+    /// One file is a .safetensors or .ckpt of Stable Diffusion 1.x or 2.x as the original code
+    /// names its weights. CLIP's tokenizer is built in.
+    #[arg(short, long, value_name = "REPO|DIR|FILE", default_value = default_model())]
     pub model: ModelSource,
+
+    /// A folder in diffusers layout with what a model in one file does not say
+    ///
+    /// Whatever is there of unet/, vae/ and text_encoder/config.json, scheduler/ and tokenizer/.
+    /// The rest follows from the shapes of the weights. Of Stable Diffusion 2.x, models for 512x512
+    /// need one whose scheduler predicts epsilon.
+    #[arg(long = "config", value_name = "DIR")]
+    pub configs: Option<PathBuf>,
 
     /// Branch, tag or commit of the repository [default: main]
     #[arg(long, value_name = "REVISION")]
@@ -217,6 +228,8 @@ Examples:
   tiny-sd \"a fox\" -o \"fox-{seed}.png\"            --output with the seed in its name
   tiny-sd \"a fox\" -o fox.jpg                    a JPEG; .webp is smaller than .png
   tiny-sd \"a fox\" -m ./my-model                  --model from a folder
+  tiny-sd \"a fox\" -m v1-5.safetensors            --model in one file, also .ckpt
+  tiny-sd \"a fox\" -m fox.ckpt --config ./sd-2    what it does not say, from a folder
   tiny-sd \"a fox\" -m org/name --revision v1.0    --model from the hub, a certain --revision
   tiny-sd \"a fox\" --variant fp16                 the files named .fp16.
   tiny-sd \"a fox\" --offline                      no network

@@ -26,7 +26,7 @@ use crate::backend::{Backend, Device, cpu, twin};
 use crate::error::{Error, Result};
 use crate::pipeline::{LoadOptions, Pipeline, Placement};
 use crate::progress::{Event, Progress};
-use crate::weights::{ModelFolder, Variant};
+use crate::weights::{Model, Variant};
 
 /// The flags of a picture, and the other device.
 #[derive(Debug, Parser)]
@@ -124,12 +124,12 @@ pub fn compare(compare: &CompareJob) -> Result<ExitCode> {
     interrupt::install(job.verbosity == Verbosity::Quiet)?;
     let display = Display::new(job.verbosity);
     job.notes.iter().for_each(|note| display.report(Event::Warning(note)));
-    let (folder, variant) = painter::model(&Wanted::of(job), &display)?;
+    let (model, variant) = painter::model(&Wanted::of(job), &display)?;
     let devices = [whole("--device", &job.device)?, whole("--against", against)?];
     let first = Places::open(&devices[0], job.cpu(), false, &display)?;
     let second = Places::open(&devices[1], job.cpu(), first.hold_a_worker(), &display)?;
     let watch = Watch { display: &display, stage: Mutex::new(Stage::Loading) };
-    let run = Run { job, devices: &devices, folder, variant, watch };
+    let run = Run { job, devices: &devices, model, variant, watch };
     let ([a, _, _], [b, _, _]) = (first.stages.clone(), second.stages.clone());
     let outcome = a.on(WithFirst { second: b, run: &run })?;
     if job.stats {
@@ -192,7 +192,7 @@ struct Run<'a> {
     job: &'a Job,
     /// Resolved, each of one device.
     devices: &'a [DevicePlan; 2],
-    folder: ModelFolder,
+    model: Model,
     variant: Option<Variant>,
     watch: Watch<'a>,
 }
@@ -232,7 +232,7 @@ impl Run<'_> {
         let options =
             LoadOptions { dtype, variant: self.variant.clone(), scheduler: job.scheduler };
         let devices = Placement::<twin::Storage<A, B>>::whole(device);
-        let pipeline = Pipeline::load(&self.folder, &options, devices, watch)?;
+        let pipeline = Pipeline::load(&self.model, &options, devices, watch)?;
         watch.display.begin(format!("seed {}", job.seed));
         *watch.stage() = Stage::Text;
         let request = picture_request(job, job.seed, pipeline.default_size());

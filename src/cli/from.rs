@@ -1,7 +1,7 @@
 //! The settings of a picture as flags: what `--from` and `verify` make of what a file says of
 //! itself. Separate because flags come from a command line, and these from strangers' files.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::ArgMatches;
@@ -185,8 +185,8 @@ impl Filling<'_> {
             return Ok(false);
         }
         // A name that Windows would send credentials to is no folder of anybody's.
-        let is_share = model.source.starts_with(r"\\") || model.source.starts_with("//");
-        if is_share {
+        let is_share = |path: &str| path.starts_with(r"\\") || path.starts_with("//");
+        if is_share(&model.source) || model.config.as_deref().is_some_and(is_share) {
             let text = "its model is on another machine; --model says where it is here";
             return Err(Error::usage(text));
         }
@@ -195,6 +195,9 @@ impl Filling<'_> {
             name.as_deref().map(|name| value(id, name)).transpose()
         };
         self.args.model.model = source;
+        if !(self.is_given)("configs") {
+            self.args.model.configs = model.config.as_ref().map(PathBuf::from);
+        }
         if !(self.is_given)("revision") {
             self.args.model.revision = name("revision", &model.revision)?;
         }

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use crate::error::{Error, Result};
 use crate::remote::digests::Digests;
-use crate::weights::{ModelFolder, UsedTensors, Variant, config_hash};
+use crate::weights::{Model, UsedTensors, Variant, config_hash};
 
 /// What a model is by its content.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,14 +19,14 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    /// Of a model in a folder. Digests of weights that earlier runs computed are not computed
+    /// Of a model on disk. Digests of weights that earlier runs computed are not computed
     /// again while their files are the same.
     ///
     /// # Errors
     /// If a file cannot be read.
-    pub fn of(folder: &ModelFolder, variant: Option<&Variant>) -> Result<Self> {
+    pub fn of(model: &Model, variant: Option<&Variant>) -> Result<Self> {
         let now = SystemTime::now();
-        let tensors = UsedTensors::open(folder, variant)?;
+        let tensors = UsedTensors::open(model, variant)?;
         let stored = tensors.as_stored();
         let digests = Digests::of_user();
         if let Some(digests) = &digests {
@@ -36,7 +36,7 @@ impl Identity {
         if let Some(digests) = &digests {
             digests.keep(&stored, now);
         }
-        Ok(Self { weights_hash, config_hash: config_hash(folder)? })
+        Ok(Self { weights_hash, config_hash: config_hash(model)? })
     }
 }
 
@@ -51,8 +51,8 @@ impl Pending {
     ///
     /// # Errors
     /// If no thread can be started.
-    pub fn begin(folder: ModelFolder, variant: Option<Variant>) -> Result<Self> {
-        let work = move || Identity::of(&folder, variant.as_ref());
+    pub fn begin(model: Model, variant: Option<Variant>) -> Result<Self> {
+        let work = move || Identity::of(&model, variant.as_ref());
         let thread = std::thread::Builder::new().name("identity".into()).spawn(work);
         let thread =
             thread.map_err(|error| Error::other(format!("cannot start a thread: {error}")))?;

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::image::{FileFormat, Infotext, PictureTexts};
 use crate::pipeline;
 use crate::schedule::SchedulerConfig;
-use crate::weights::{Checkpoint, Component, Format, ModelFolder, Variant};
+use crate::weights::{Checkpoint, Component, Format, Model, SingleFile, Variant};
 
 /// What is asked about.
 #[derive(Debug, Parser)]
@@ -34,7 +34,7 @@ use crate::weights::{Checkpoint, Component, Format, ModelFolder, Variant};
     after_help = AFTER_HELP
 )]
 struct InfoArgs {
-    /// A picture, a folder in diffusers layout, a repository that was downloaded, or a weight file
+    /// A picture, a model (a folder, a repository that was downloaded, one file), or a weight file
     #[arg(value_name = "PICTURE|MODEL")]
     what: PathBuf,
 
@@ -59,6 +59,7 @@ weights in another kind of file.
 Examples:
   tiny-sd info out.png
   tiny-sd info segmind/tiny-sd
+  tiny-sd info v1-5.safetensors
   tiny-sd info ./my-model --json | jq .weights_hash
 
 Exit codes:
@@ -127,7 +128,7 @@ pub(super) fn parse(
 pub fn tell(job: &InfoJob) -> Result<()> {
     interrupt::install(true)?;
     let found = match &job.what {
-        Subject::File(path) => file(path).map_err(|error| error.context(path.display()))?,
+        Subject::File(path) => file(job, path)?,
         Subject::Model(source) => model(job, source)?,
     };
     let text = match job.is_json {
@@ -143,19 +144,18 @@ struct Found {
     json: Value,
 }
 
-fn file(path: &Path) -> Result<Found> {
+fn file(job: &InfoJob, path: &Path) -> Result<Found> {
     let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
     let format = match extension.to_str() {
         Some("safetensors") => Format::Safetensors,
         Some("bin" | "pt" | "pth" | "ckpt") => Format::Pickle,
-        Some(_) | None => return picture(path),
+        Some(_) | None => return picture(path).map_err(|error| error.context(path.display())),
     };
-    // Its messages name the file.
-    let weights = Weights::of(&Checkpoint::read(path, format).map_err(|error| {
-        let text = error.to_string();
-        let name = format!("{}: ", path.display());
-        Error::new(error.kind(), text.strip_prefix(&name).unwrap_or(&text))
-    })?);
+    let checkpoint = Checkpoint::read_some(path, Some(format))?;
+    if SingleFile::is_one(&checkpoint) {
+        return model(job, &ModelSource::File(path.to_owned()));
+    }
+    let weights = Weights::of(&checkpoint.all().map_err(|error| error.context(path.display()))?);
     let bytes = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
     let format = match format {
         Format::Safetensors => "safetensors",
@@ -249,7 +249,7 @@ fn infotext_lines(found: &Infotext, text: &mut String) {
 
 fn model(job: &InfoJob, source: &ModelSource) -> Result<Found> {
     let (revision, variant) = (job.revision.as_ref(), job.variant.as_ref());
-    let wanted = Wanted { model: source, revision, variant, offline: true };
+    let wanted = Wanted { model: source, configs: None, revision, variant, offline: true };
     let (folder, variant) = painter::model(&wanted, &Display::new(Verbosity::Quiet))?;
     let parts = Component::ALL.map(|component| Part::of(&folder, component, variant.as_ref()));
     let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
@@ -260,7 +260,7 @@ fn model(job: &InfoJob, source: &ModelSource) -> Result<Found> {
     let size = pipeline::default_size(&folder);
     let field = |name: &str| scheduler_config.get(name).and_then(Value::as_str);
     let (class, prediction) = (field("_class_name"), field("prediction_type"));
-    let mut text = format!("{source}: a model in diffusers layout\n");
+    let mut text = format!("{source}: a model in {}\n", folder.layout());
     for part in &parts {
         let files: Vec<_> = part.files.iter().map(|(name, _)| name.as_str()).collect();
         let class = part.class.as_deref().unwrap_or("?");
@@ -312,17 +312,21 @@ struct Part {
 }
 
 impl Part {
-    fn of(folder: &ModelFolder, component: Component, variant: Option<&Variant>) -> Result<Self> {
-        let config = folder.config(component)?;
+    fn of(model: &Model, component: Component, variant: Option<&Variant>) -> Result<Self> {
+        let config = model.config(component)?;
         let class = config.get("_class_name").or_else(|| config.get("architectures")?.get(0));
-        let files = folder.weight_files(component, variant)?.into_iter().map(|name| {
-            let metadata = std::fs::metadata(folder.path().join(&name));
-            (name, metadata.map_or(0, |metadata| metadata.len()))
+        let checkpoint = model.checkpoint(component, variant)?;
+        let own_bytes = checkpoint.iter().map(|(_, tensor)| tensor.byte_len()).sum();
+        let files = model.weight_files(component, variant)?.into_iter().map(|file| {
+            let metadata = std::fs::metadata(&file.path);
+            let bytes = metadata.map_or(0, |metadata| metadata.len());
+            // Of a file that holds more, what is the component's.
+            (file.name, if file.is_shared { own_bytes } else { bytes })
         });
         Ok(Self {
             component,
             class: class.and_then(Value::as_str).map(str::to_owned),
-            weights: Weights::of(&folder.checkpoint(component, variant)?),
+            weights: Weights::of(&checkpoint),
             files: files.collect(),
         })
     }

@@ -4,6 +4,7 @@
 
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 
 use clap::error::ContextKind;
 use clap::{CommandFactory, FromArgMatches};
@@ -35,6 +36,8 @@ pub struct Job {
     pub negative_prompt: String,
     /// The model.
     pub model: ModelSource,
+    /// What a model in one file does not say, in a folder.
+    pub configs: Option<PathBuf>,
     /// Branch, tag or commit, only with a repository; `None` is `main`.
     pub revision: Option<HubName>,
     /// The weights to prefer, such as `fp16`.
@@ -204,12 +207,7 @@ impl Job {
         let prompt = picture.prompt.unwrap_or_default();
         check_length("the prompt", prompt.len())?;
         check_length("the negative prompt", picture.negative_prompt.len())?;
-        if let (Some(revision), ModelSource::Folder(folder)) = (&model.revision, &model.model) {
-            let (revision, folder) = (revision.as_str(), folder.display());
-            return Err(Error::usage(format!(
-                "--revision {revision} is for repositories of the hub; {folder} is a folder"
-            )));
-        }
+        check_model(model)?;
         let count = picture.count.get();
         if seed.checked_add(count.saturating_sub(1) as u64).is_none() {
             return Err(Error::usage(format!(
@@ -221,6 +219,7 @@ impl Job {
             prompt,
             negative_prompt: picture.negative_prompt,
             model: model.model.clone(),
+            configs: model.configs.clone(),
             revision: model.revision.clone(),
             variant: model.variant.clone(),
             offline: model.offline,
@@ -243,6 +242,36 @@ impl Job {
             json: run.json,
         })
     }
+}
+
+/// What is said of a model must be of its kind.
+fn check_model(args: &ModelArgs) -> Result<()> {
+    let ModelArgs { model, configs, revision, variant, .. } = args;
+    let kind = match model {
+        ModelSource::Hub(_) => "a repository",
+        ModelSource::Folder(_) => "a folder",
+        ModelSource::File(_) => "a file",
+    };
+    let is_file = matches!(model, ModelSource::File(_));
+    if let (Some(revision), false) = (revision, matches!(model, ModelSource::Hub(_))) {
+        return Err(Error::usage(format!(
+            "--revision {} is for repositories of the hub; {model} is {kind}",
+            revision.as_str()
+        )));
+    }
+    if let (Some(variant), true) = (variant, is_file) {
+        return Err(Error::usage(format!(
+            "--variant {} chooses among several files; {model} is {kind}",
+            variant.as_str()
+        )));
+    }
+    if let (Some(configs), false) = (configs, is_file) {
+        return Err(Error::usage(format!(
+            "--config {} is for a model in one file; {model} is {kind} and has its own",
+            configs.display()
+        )));
+    }
+    Ok(())
 }
 
 /// clap's message without the usage that follows it, on one line.
@@ -299,6 +328,7 @@ pub(super) mod tests {
             prompt: "a fox".into(),
             negative_prompt: String::new(),
             model: ModelSource::Hub("segmind/tiny-sd".into()),
+            configs: None,
             revision: None,
             variant: None,
             offline: false,
@@ -327,7 +357,7 @@ pub(super) mod tests {
     fn each_flag_changes_what_it_names_and_nothing_else() {
         type Change = fn(&mut Job);
         let base = job_of("x");
-        let rows: [(&str, Change); 27] = [
+        let rows: [(&str, Change); 28] = [
             ("x|-n|", |job| job.negative_prompt = String::new()),
             ("--prompt|-- a --flag", |job| job.prompt = "-- a --flag".into()),
             ("--prompt|", |job| job.prompt = String::new()),
@@ -337,6 +367,10 @@ pub(super) mod tests {
             ("x|-m|./dir", |job| job.model = ModelSource::Folder("./dir".into())),
             ("x|--model|a/b", |job| job.model = ModelSource::Hub("a/b".into())),
             ("x|--revision|v1", |job| job.revision = Some("v1".parse().unwrap())),
+            ("x|-m|a.ckpt|--config|b", |job| {
+                job.model = ModelSource::File("a.ckpt".into());
+                job.configs = Some("b".into());
+            }),
             ("x|--variant|fp16", |job| job.variant = Some("fp16".parse().unwrap())),
             ("--offline|x", |job| job.offline = true),
             ("x|-s|42", |job| job.seed = 42),
@@ -407,6 +441,10 @@ pub(super) mod tests {
             ("x|-o|-|--preview|5", "--preview writes files beside the picture"),
             ("x|-m|nope", "there is no such folder"),
             ("x|-m|./m|--revision|v1", "--revision v1 is for repositories of the hub"),
+            ("x|-m|a.ckpt|--revision|v1", "; a.ckpt is a file"),
+            ("x|-m|a.ckpt|--variant|fp16", "--variant fp16 chooses among several files"),
+            ("x|-m|./m|--config|c", "--config c is for a model in one file; ./m is a folder"),
+            ("x|--config|c", "segmind/tiny-sd is a repository and has its own"),
             ("x|--revision|../x", "letters, digits"),
             ("x|-q|-v", "cannot be used with"),
             ("x|-q|--stats", "cannot be used with"),

@@ -12,6 +12,16 @@ pub enum ModelSource {
     Hub(String),
     /// A folder in diffusers layout.
     Folder(PathBuf),
+    /// A model in one file.
+    File(PathBuf),
+}
+
+/// How the names of models in one file end.
+const FILE_SUFFIXES: [&str; 4] = ["safetensors", "ckpt", "pt", "pth"];
+
+fn is_called_like_a_file(path: &Path) -> bool {
+    let suffix = path.extension().and_then(|suffix| suffix.to_str()).unwrap_or_default();
+    FILE_SUFFIXES.iter().any(|known| suffix.eq_ignore_ascii_case(known))
 }
 
 impl ModelSource {
@@ -19,6 +29,9 @@ impl ModelSource {
     pub fn short_name(&self) -> String {
         match self {
             ModelSource::Hub(repo) => repo.rsplit('/').next().unwrap_or(repo).to_owned(),
+            ModelSource::File(path) => {
+                path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+            }
             ModelSource::Folder(path) => {
                 // `.` has no name, what it stands for has.
                 let path = path.canonicalize().unwrap_or_else(|_| path.clone());
@@ -34,6 +47,8 @@ impl ModelSource {
     pub fn recorded(&self) -> String {
         match self {
             ModelSource::Hub(repo) => repo.clone(),
+            // Its suffix says what it is.
+            ModelSource::File(path) => path.to_string_lossy().into_owned(),
             ModelSource::Folder(path) => {
                 let text = path.to_string_lossy();
                 match is_written_like_a_path(&text) || path.is_absolute() {
@@ -49,22 +64,28 @@ impl fmt::Display for ModelSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ModelSource::Hub(repo) => f.write_str(repo),
-            ModelSource::Folder(path) => path.display().fmt(f),
+            ModelSource::Folder(path) | ModelSource::File(path) => path.display().fmt(f),
         }
     }
 }
 
-/// A folder if it exists or is written like a path, else a repository if it can be one.
+/// A folder if it exists, a file if it is called like one, a folder if it is written like a path,
+/// else a repository if it can be one.
 impl FromStr for ModelSource {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         let path = Path::new(text);
-        if path.is_dir() || is_written_like_a_path(text) {
-            return Ok(ModelSource::Folder(path.to_owned()));
+        if !path.is_dir() && is_called_like_a_file(path) {
+            return Ok(ModelSource::File(path.to_owned()));
         }
         if path.is_file() {
-            return Err("it is a file; a model is a folder in diffusers layout, or org/name".into());
+            return Err("it is a file; a model is a .safetensors or .ckpt, a folder in diffusers \
+                        layout, or org/name"
+                .into());
+        }
+        if path.is_dir() || is_written_like_a_path(text) {
+            return Ok(ModelSource::Folder(path.to_owned()));
         }
         match text.split_once('/') {
             Some((org, name)) if is_repository_part(org) && is_repository_part(name) => {
@@ -128,6 +149,7 @@ mod tests {
     fn a_model_is_a_folder_by_its_look_or_a_repository_by_its_name() {
         let hub = |text: &str| Ok(ModelSource::Hub(text.into()));
         let folder = |text: &str| Ok(ModelSource::Folder(text.into()));
+        let file = |text: &str| Ok(ModelSource::File(text.into()));
         let neither = Err("there is no such folder");
         for (text, expected) in [
             ("segmind/tiny-sd", hub("segmind/tiny-sd")),
@@ -141,6 +163,10 @@ mod tests {
             (".", folder(".")),
             (r"C:\models", folder(r"C:\models")),
             ("Cargo.toml", Err("it is a file")),
+            ("./Cargo.toml", Err("it is a file")),
+            ("v1-5.safetensors", file("v1-5.safetensors")),
+            ("no/such.CKPT", file("no/such.CKPT")),
+            ("../x.ckpt", file("../x.ckpt")),
             ("tiny-sd", neither.clone()),
             ("a/b/c", neither.clone()),
             ("a/..", neither.clone()),
@@ -160,9 +186,13 @@ mod tests {
     fn the_short_name_is_what_people_call_the_model() {
         let here = env!("CARGO_MANIFEST_DIR");
         let last = Path::new(here).file_name().unwrap().to_str().unwrap();
-        for (text, expected) in
-            [("segmind/tiny-sd", "tiny-sd"), ("./no/such/", "such"), (here, last), (".", last)]
-        {
+        for (text, expected) in [
+            ("segmind/tiny-sd", "tiny-sd"),
+            ("./no/such/", "such"),
+            ("a/v1-5-pruned.safetensors", "v1-5-pruned"),
+            (here, last),
+            (".", last),
+        ] {
             assert_eq!(text.parse::<ModelSource>().unwrap().short_name(), expected);
         }
     }
@@ -182,13 +212,14 @@ mod tests {
     fn a_folder_that_looks_like_a_repository_is_recorded_as_a_folder() {
         for (source, expected) in [
             (ModelSource::Hub("org/name".into()), "org/name"),
+            (ModelSource::File("org/name.ckpt".into()), "org/name.ckpt"),
             (ModelSource::Folder("org/name".into()), "./org/name"),
             (ModelSource::Folder("../name".into()), "../name"),
             (ModelSource::Folder("/a/b".into()), "/a/b"),
         ] {
             assert_eq!(source.recorded(), expected);
             let again = expected.parse::<ModelSource>().unwrap();
-            assert_eq!(matches!(again, ModelSource::Hub(_)), matches!(source, ModelSource::Hub(_)));
+            assert_eq!(std::mem::discriminant(&again), std::mem::discriminant(&source));
         }
     }
 }

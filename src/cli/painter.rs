@@ -1,7 +1,7 @@
 //! From a job to a loaded model: the files, the device, the pipeline. Separate because this is the
 //! one place that sees the hub, the devices and the pipeline together.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 
@@ -19,17 +19,17 @@ use crate::pipeline::{LoadOptions, PictureRequest, Pipeline, Placement};
 use crate::progress::{Event, Progress};
 use crate::schedule::SchedulerKind;
 use crate::weights::hub::{self, Hub, HubOptions, Repository, Revision};
-use crate::weights::{Component, ModelFolder, Variant, choose, config_files, json};
+use crate::weights::{Component, Model, Variant, choose, config_files, json};
 
 /// Loads the job's model onto its devices.
 ///
 /// # Errors
 /// If the model cannot be had or is not covered, or the device is not there.
 pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
-    let (folder, variant) = model(&Wanted::of(job), progress)?;
+    let (model, variant) = model(&Wanted::of(job), progress)?;
     let plan = job.device.resolve()?;
-    let identify = || Pending::begin(folder.clone(), variant.clone());
-    open_on(job, &folder, variant.as_ref(), &plan, &identify, progress)
+    let identify = || Pending::begin(model.clone(), variant.clone());
+    open_on(job, &model, variant.as_ref(), &plan, &identify, progress)
 }
 
 /// Loads the job's model, which is on this machine's disk, onto devices that are resolved, and then
@@ -39,7 +39,7 @@ pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
 /// As [`open`].
 pub(super) fn open_on(
     job: &Job,
-    folder: &ModelFolder,
+    model: &Model,
     variant: Option<&Variant>,
     device: &DevicePlan,
     identify: &dyn Fn() -> Result<Pending>,
@@ -49,7 +49,7 @@ pub(super) fn open_on(
     let [text, unet, vae] = places.stages.clone();
     let watch = places.watch(progress, job.stats);
     watch.begin(Some("load"));
-    let load = Load { folder, variant, job, progress: &watch };
+    let load = Load { model, variant, job, progress: &watch };
     let painter = text.on(WithText { unet, vae, load })?;
     watch.begin(None);
     let (identity, device) = (identify()?, device.to_string());
@@ -60,6 +60,8 @@ pub(super) fn open_on(
 pub(super) struct Wanted<'a> {
     /// Where it comes from.
     pub model: &'a ModelSource,
+    /// What a model in one file does not say.
+    pub configs: Option<&'a Path>,
     /// Branch, tag or commit.
     pub revision: Option<&'a HubName>,
     /// Which of its weights to prefer.
@@ -73,7 +75,8 @@ impl<'a> Wanted<'a> {
     pub fn of(job: &'a Job) -> Self {
         let Job { model, offline, .. } = job;
         let (revision, variant) = (job.revision.as_ref(), job.variant.as_ref());
-        Self { model, revision, variant, offline: *offline }
+        let configs = job.configs.as_deref();
+        Self { model, configs, revision, variant, offline: *offline }
     }
 }
 
@@ -84,18 +87,18 @@ impl<'a> Wanted<'a> {
 pub(super) fn model(
     wanted: &Wanted<'_>,
     progress: &dyn Progress,
-) -> Result<(ModelFolder, Option<Variant>)> {
+) -> Result<(Model, Option<Variant>)> {
     let variant = wanted.variant.map(|name| Variant::parse(name.as_str())).transpose()?;
     let path = match wanted.model {
-        ModelSource::Folder(path) => path.clone(),
+        ModelSource::Folder(path) | ModelSource::File(path) => path.clone(),
         ModelSource::Hub(name) => download(wanted, name, variant.as_ref(), progress)?,
     };
-    Ok((ModelFolder::open(path)?, variant))
+    Ok((Model::open(path, wanted.configs)?, variant))
 }
 
 /// What is the same wherever the stages are.
 struct Load<'a> {
-    folder: &'a ModelFolder,
+    model: &'a Model,
     variant: Option<&'a Variant>,
     job: &'a Job,
     progress: &'a dyn Progress,
@@ -144,12 +147,12 @@ impl<T: Backend, U: Backend> OnBackend for WithVae<'_, T, U> {
     type Output = Result<Box<dyn PaintOnDevice>>;
 
     fn run<V: Backend>(self, vae: V::Device) -> Self::Output {
-        let Self { text, unet, load: Load { folder, variant, job, progress } } = self;
+        let Self { text, unet, load: Load { model, variant, job, progress } } = self;
         let dtype = job.dtype.or(unet.default_dtype());
         let options = LoadOptions { dtype, variant: variant.cloned(), scheduler: job.scheduler };
         let kernel_paths = [text.kernel_path(), unet.kernel_path(), vae.kernel_path()];
         let devices = Placement::<T, U, V> { text, unet, vae };
-        let pipeline = Pipeline::load(folder, &options, devices, progress)?;
+        let pipeline = Pipeline::load(model, &options, devices, progress)?;
         Ok(Box::new(LoadedPainter { pipeline, dtype, kernel_paths }))
     }
 }

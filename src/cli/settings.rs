@@ -58,12 +58,15 @@ pub struct Settings {
 /// The model of a picture, by name and by content.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelRecord {
-    /// A repository of the hub, or a folder as the user wrote it.
+    /// A repository of the hub, or a folder or file as the user wrote it.
     pub source: String,
     /// Branch, tag or commit that was asked for.
     pub revision: Option<String>,
     /// Which of several forms of the weights was asked for, such as `fp16`.
     pub variant: Option<String>,
+    /// The folder with what a model in one file does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<String>,
     /// Of the weights: [`UsedTensors::hash`](crate::weights::UsedTensors::hash).
     pub weights_hash: String,
     /// Of what says how they are used: [`config_hash`](crate::weights::config_hash).
@@ -110,6 +113,7 @@ impl Settings {
                 source: job.model.recorded(),
                 revision: job.revision.as_ref().map(|name| name.as_str().into()),
                 variant: job.variant.as_ref().map(|name| name.as_str().into()),
+                config: job.configs.as_ref().map(|path| path.to_string_lossy().into_owned()),
                 weights_hash: provenance.weights_hash,
                 config_hash: provenance.config_hash,
             },
@@ -123,8 +127,8 @@ impl Settings {
     /// `resolved_scheduler`, `dtype`, `weights_hash` and `config_hash`.
     ///
     /// Not in it: what only names these things (`prompt`, `scheduler`, the model's `source`,
-    /// `revision` and `variant`), who wrote it (`schema`, `version`), and where it was made
-    /// (`device`, `kernel_path`): where the kernels are the same, so are the pictures, and where
+    /// `revision`, `variant` and `config`), who wrote it (`schema`, `version`), and where it was
+    /// made (`device`, `kernel_path`): where the kernels are the same, so are the pictures, and where
     /// they are not, the pictures differ by rounding.
     pub fn key(&self) -> String {
         let mut hasher = blake3::Hasher::new();
@@ -259,6 +263,7 @@ pub(super) mod tests {
                 |s| s.model.source.clear(),
                 |s| s.model.revision = Some("v1".into()),
                 |s| s.model.variant = Some("fp16".into()),
+                |s| s.model.config = Some("dir".into()),
                 |s| s.device = "mock".into(),
                 |s| s.kernel_path = None,
             ],

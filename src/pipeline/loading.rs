@@ -19,7 +19,7 @@ use crate::nn::Loader;
 use crate::progress::{Event, Progress};
 use crate::schedule::{SchedulerConfig, SchedulerKind};
 use crate::tokenizer::Tokenizer;
-use crate::weights::{Checkpoint, Component, ModelFolder, Variant, names};
+use crate::weights::{Checkpoint, Component, Model, TokenizerFiles, Variant, names};
 
 /// How a model is loaded.
 #[derive(Debug, Clone)]
@@ -33,28 +33,31 @@ pub struct LoadOptions {
 }
 
 impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
-    /// Loads a model in diffusers layout onto its devices.
+    /// Loads a model onto its devices.
     ///
     /// # Errors
     /// Names the file, the field or the tensors that are missing or not covered.
     pub fn load(
-        folder: &ModelFolder,
+        model: &Model,
         options: &LoadOptions,
         devices: Placement<T, U, V>,
         progress: &dyn Progress,
     ) -> Result<Self> {
         // Configurations first: what is not covered is found before any weight is read.
-        let scheduler_config = SchedulerConfig::parse(&folder.scheduler_config()?)?;
+        let scheduler_config = SchedulerConfig::parse(&model.scheduler_config()?)?;
         let scheduler = match options.scheduler {
             Some(kind) => scheduler_config.for_scheduler(kind)?,
             None => scheduler_config.scheduler()?,
         };
-        let tokenizer = Tokenizer::open(&folder.tokenizer_dir())?;
-        let text = TextConfig::parse(&folder.config(Component::TextEncoder)?)?;
-        let unet = UNetConfig::parse(&folder.config(Component::Unet)?)?;
-        let vae = VaeConfig::parse(&folder.config(Component::Vae)?)?;
+        let tokenizer = match model.tokenizer() {
+            TokenizerFiles::Folder(folder) => Tokenizer::open(&folder)?,
+            TokenizerFiles::Clip { pad_token } => Tokenizer::clip(pad_token)?,
+        };
+        let text = TextConfig::parse(&model.config(Component::TextEncoder)?)?;
+        let unet = UNetConfig::parse(&model.config(Component::Unet)?)?;
+        let vae = VaeConfig::parse(&model.config(Component::Vae)?)?;
         check_fit(&tokenizer, &text, &unet, &vae)?;
-        let mut loading = Loading::new(folder, options, progress)?;
+        let mut loading = Loading::new(model, options, progress)?;
         loading.announce(&devices)?;
         let load_text = |loader: Loader<'_, T>| TextEncoder::load(text, loader);
         Ok(Self {
@@ -82,13 +85,13 @@ pub struct Outline {
 }
 
 impl Outline {
-    /// Of a model in diffusers layout.
+    /// Of a model.
     ///
     /// # Errors
     /// Names the file or the field that is missing or not covered.
-    pub fn of(folder: &ModelFolder) -> Result<Self> {
-        let scheduler = SchedulerConfig::parse(&folder.scheduler_config()?)?.kind();
-        Ok(Self { size: default_size(folder)?, scheduler })
+    pub fn of(model: &Model) -> Result<Self> {
+        let scheduler = SchedulerConfig::parse(&model.scheduler_config()?)?.kind();
+        Ok(Self { size: default_size(model)?, scheduler })
     }
 }
 
@@ -96,9 +99,9 @@ impl Outline {
 ///
 /// # Errors
 /// If its configuration is not covered.
-pub fn default_size(folder: &ModelFolder) -> Result<ImageSize> {
-    let unet = UNetConfig::parse(&folder.config(Component::Unet)?)?;
-    let vae = VaeConfig::parse(&folder.config(Component::Vae)?)?;
+pub fn default_size(model: &Model) -> Result<ImageSize> {
+    let unet = UNetConfig::parse(&model.config(Component::Unet)?)?;
+    let vae = VaeConfig::parse(&model.config(Component::Vae)?)?;
     Ok(trained_size(&unet, &vae))
 }
 
@@ -142,13 +145,9 @@ struct Loading<'a> {
 }
 
 impl<'a> Loading<'a> {
-    fn new(
-        folder: &ModelFolder,
-        options: &LoadOptions,
-        progress: &'a dyn Progress,
-    ) -> Result<Self> {
+    fn new(model: &Model, options: &LoadOptions, progress: &'a dyn Progress) -> Result<Self> {
         let open = |component| -> Result<_> {
-            Ok((component, folder.checkpoint(component, options.variant.as_ref())?))
+            Ok((component, model.checkpoint(component, options.variant.as_ref())?))
         };
         let [text, unet, vae] = Component::ALL.map(open);
         Ok(Self { checkpoints: vec![text?, unet?, vae?], dtype: options.dtype, progress })

@@ -74,6 +74,13 @@ impl Format {
     /// In the order of preference.
     const ALL: [Self; 2] = [Self::Safetensors, Self::Pickle];
 
+    /// The format of a file that begins so: archives and pickles have their marks, and the first
+    /// bytes of a safetensors file are the length of its header.
+    pub fn of(bytes: &[u8]) -> Self {
+        let is_pickle = bytes.starts_with(b"PK\x03\x04") || bytes.starts_with(b"\x80\x02");
+        if is_pickle { Self::Pickle } else { Self::Safetensors }
+    }
+
     fn suffix(self) -> &'static str {
         match self {
             Self::Safetensors => "safetensors",
@@ -282,6 +289,13 @@ pub fn config_files(exists: &dyn Fn(&str) -> bool) -> Result<Vec<&'static str>> 
     }
     files.extend(OPTIONAL.into_iter().filter(|name| exists(name)));
     Ok(files)
+}
+
+/// The tokenizer's files among those that exist and are used.
+pub(super) fn tokenizer_files(exists: &dyn Fn(&str) -> bool) -> Vec<&'static str> {
+    let names = [&[TOKENIZER][..], &TOKENIZER_PARTS, &OPTIONAL].concat();
+    let is_there = |name: &&str| name.starts_with("tokenizer/") && exists(name);
+    names.into_iter().filter(is_there).collect()
 }
 
 #[cfg(test)]

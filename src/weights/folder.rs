@@ -73,13 +73,6 @@ impl ModelFolder {
         self.file("tokenizer")
     }
 
-    /// Those of the tokenizer's files that are there and are used, each with its path.
-    pub(super) fn tokenizer_files(&self) -> impl Iterator<Item = (&'static str, PathBuf)> {
-        let files = config_files(&|name| self.has(name)).unwrap_or_default();
-        let files = files.into_iter().filter(|name| name.starts_with("tokenizer/"));
-        files.map(|name| (name, self.file(name)))
-    }
-
     /// A component's weights under today's names, mapped: nothing is copied.
     ///
     /// # Errors

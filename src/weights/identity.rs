@@ -6,7 +6,8 @@ use candle_core::DType;
 use rayon::prelude::*;
 use serde_json::Value;
 
-use super::{Checkpoint, Component, ModelFolder, Variant, json, names};
+use super::choice::tokenizer_files;
+use super::{Checkpoint, Component, Model, TokenizerFiles, Variant, json, names};
 use crate::backend::host::HostTensor;
 use crate::error::{Error, Result};
 
@@ -29,11 +30,11 @@ impl UsedTensors {
     /// Opens a model's weights.
     ///
     /// # Errors
-    /// As [`ModelFolder::checkpoint`].
-    pub fn open(folder: &ModelFolder, variant: Option<&Variant>) -> Result<Self> {
+    /// As [`Model::checkpoint`].
+    pub fn open(model: &Model, variant: Option<&Variant>) -> Result<Self> {
         let mut tensors = Vec::new();
         for component in Component::ALL {
-            let checkpoint: Checkpoint = folder.checkpoint(component, variant)?;
+            let checkpoint: Checkpoint = model.checkpoint(component, variant)?;
             let used = checkpoint.iter().filter(|(name, _)| names::is_used(component, name));
             tensors.extend(used.map(|(name, tensor)| (component, name.to_owned(), tensor.clone())));
         }
@@ -67,17 +68,26 @@ impl UsedTensors {
 ///
 /// # Errors
 /// If a file cannot be read.
-pub fn config_hash(folder: &ModelFolder) -> Result<String> {
+pub fn config_hash(model: &Model) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     let mut add = |name: &str, bytes: &[u8]| {
         hasher.update(format!("{name} {}\n", bytes.len()).as_bytes()).update(bytes);
     };
     for component in Component::ALL {
-        let config = related(folder.config(component)?);
+        let config = related(model.config(component)?);
         add(component.config_file(), config.to_string().as_bytes());
     }
-    add("scheduler", related(folder.scheduler_config()?).to_string().as_bytes());
-    for (name, path) in folder.tokenizer_files() {
+    add("scheduler", related(model.scheduler_config()?).to_string().as_bytes());
+    let folder = match model.tokenizer() {
+        TokenizerFiles::Folder(folder) => folder,
+        TokenizerFiles::Clip { pad_token } => {
+            add("tokenizer/clip", pad_token.as_bytes());
+            return Ok(hasher.finalize().to_hex().to_string());
+        }
+    };
+    let path = |name: &str| folder.join(name.trim_start_matches("tokenizer/"));
+    for name in tokenizer_files(&|name| path(name).is_file()) {
+        let path = path(name);
         let failed = |error: std::io::Error| Error::model(format!("{}: {error}", path.display()));
         let len = std::fs::metadata(&path).map_err(failed)?.len();
         if len > MAX_TOKENIZER_LEN {
@@ -112,7 +122,7 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(name)
     }
 
-    fn copy(name: &str) -> (tempfile::TempDir, ModelFolder) {
+    fn copy(name: &str) -> (tempfile::TempDir, Model) {
         let dir = tempfile::tempdir().unwrap();
         for folder in ["text_encoder", "unet", "vae", "scheduler", "tokenizer"] {
             fs::create_dir(dir.path().join(folder)).unwrap();
@@ -121,16 +131,16 @@ mod tests {
                 fs::copy(entry.path(), dir.path().join(folder).join(entry.file_name())).unwrap();
             }
         }
-        let folder = ModelFolder::open(dir.path()).unwrap();
+        let folder = Model::open(dir.path(), None).unwrap();
         (dir, folder)
     }
 
-    fn hash(folder: &ModelFolder) -> String {
+    fn hash(folder: &Model) -> String {
         UsedTensors::open(folder, None).unwrap().hash()
     }
 
     /// Writes a component's tensors as safetensors in the place of its pickle.
-    fn as_safetensors(dir: &Path, folder: &ModelFolder, component: Component) {
+    fn as_safetensors(dir: &Path, folder: &Model, component: Component) {
         let checkpoint = folder.checkpoint(component, None).unwrap();
         let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
         for (name, tensor) in checkpoint.iter() {

@@ -1,6 +1,7 @@
 //! Where weights come from: the files of a model, exactly as they are published.
 //!
-//! [`ModelFolder`] finds the files of a folder in diffusers layout; [`choose`] says which of them
+//! [`Model`] is one, of whatever kind of files: [`ModelFolder`] finds those of a folder in
+//! diffusers layout, [`single`] reads a model in one file; [`choose`] says which of them
 //! hold a component's weights, and serves a repository's list of files just as well. The readers,
 //! [`pickle`] and [`safetensors`], map a file and give its tensors as they lie in it, without a
 //! copy; [`names`] calls them all by today's names.
@@ -13,6 +14,8 @@ pub use choice::{Choice, Component, Format, Variant, choose, config_files};
 pub use folder::ModelFolder;
 pub use identity::{UsedTensors, config_hash};
 pub use mismatch::Mismatch;
+pub use model::{Model, WeightFile};
+pub use single::{SingleFile, TokenizerFiles};
 
 use crate::backend::host::HostTensor;
 use crate::error::{Error, Result};
@@ -24,9 +27,11 @@ pub mod hub;
 mod identity;
 pub mod json;
 mod mismatch;
+mod model;
 pub mod names;
 pub mod pickle;
 pub mod safetensors;
+pub mod single;
 #[cfg(test)]
 mod tests;
 
@@ -41,16 +46,29 @@ const MAX_NAME_LEN: usize = 1024;
 #[derive(Debug, Default)]
 pub struct Checkpoint {
     tensors: BTreeMap<String, HostTensor>,
+    /// What is there and cannot be read, with the reason.
+    left: BTreeMap<String, Error>,
 }
 
 impl Checkpoint {
     /// Reads one weight file. The names are those of the file; see [`names::canonical`].
     ///
     /// # Errors
-    /// If the file cannot be mapped or is not what its format says, naming it.
+    /// If the file cannot be mapped or is not what its format says, or holds what is not read,
+    /// naming it.
     pub fn read(path: &Path, format: Format) -> Result<Self> {
+        let checkpoint = Self::read_some(path, Some(format))?;
+        checkpoint.all().map_err(|error| error.context(path.display()))
+    }
+
+    /// Reads what can be read of one weight file, whose first bytes say its format unless the
+    /// caller knows it: a whole training checkpoint holds more than weights.
+    ///
+    /// # Errors
+    /// If the file cannot be mapped or is not what its format says, naming it.
+    pub fn read_some(path: &Path, format: Option<Format>) -> Result<Self> {
         let (bytes, stamp) = bytes::map(path)?;
-        let tensors = match format {
+        let tensors = match format.unwrap_or_else(|| Format::of((*bytes).as_ref())) {
             Format::Safetensors => safetensors::read(&bytes),
             Format::Pickle => pickle::read(&bytes),
         };
@@ -59,6 +77,17 @@ impl Checkpoint {
             *tensor = tensor.clone().in_file(&stamp, &bytes);
         }
         Ok(checkpoint)
+    }
+
+    /// The checkpoint if all that is there could be read.
+    ///
+    /// # Errors
+    /// What could not, and why.
+    pub fn all(self) -> Result<Self> {
+        match self.left.first_key_value() {
+            None => Ok(self),
+            Some((name, reason)) => Err(reason.clone().context(format!("tensor {}", shown(name)))),
+        }
     }
 
     /// The tensor of this name.
@@ -83,15 +112,7 @@ impl Checkpoint {
 
     /// Takes in a tensor under a name that is not taken.
     fn insert(&mut self, name: String, tensor: HostTensor) -> Result<()> {
-        if name.is_empty() || name.len() > MAX_NAME_LEN {
-            return Err(Error::model(format!(
-                "a tensor's name is {} bytes long, not 1 to {MAX_NAME_LEN}",
-                name.len()
-            )));
-        }
-        if self.tensors.len() >= MAX_TENSORS {
-            return Err(Error::model(format!("more than {MAX_TENSORS} tensors")));
-        }
+        self.check_name(&name)?;
         match self.tensors.entry(name) {
             Entry::Vacant(entry) => {
                 entry.insert(tensor);
@@ -101,6 +122,26 @@ impl Checkpoint {
                 Err(Error::model(format!("tensor {} is there twice", shown(entry.key()))))
             }
         }
+    }
+
+    /// Notes what is not read, and why.
+    fn leave(&mut self, name: String, reason: Error) -> Result<()> {
+        self.check_name(&name)?;
+        self.left.insert(name, reason);
+        Ok(())
+    }
+
+    fn check_name(&self, name: &str) -> Result<()> {
+        if name.is_empty() || name.len() > MAX_NAME_LEN {
+            return Err(Error::model(format!(
+                "a tensor's name is {} bytes long, not 1 to {MAX_NAME_LEN}",
+                name.len()
+            )));
+        }
+        if self.tensors.len() + self.left.len() >= MAX_TENSORS {
+            return Err(Error::model(format!("more than {MAX_TENSORS} tensors")));
+        }
+        Ok(())
     }
 }
 

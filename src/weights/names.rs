@@ -43,7 +43,7 @@ pub fn canonical(component: Component, name: &str) -> Option<Cow<'_, str>> {
 /// # Errors
 /// If two tensors have the same: one file has old and new names.
 pub(super) fn canonical_names(component: Component, checkpoint: Checkpoint) -> Result<Checkpoint> {
-    let mut renamed = Checkpoint::default();
+    let mut renamed = Checkpoint { left: checkpoint.left, ..Checkpoint::default() };
     for (name, tensor) in checkpoint.tensors {
         if let Some(canonical) = canonical(component, &name) {
             renamed

@@ -25,11 +25,12 @@ mod machine;
 /// tensor costs nothing in the file and everything when it is copied.
 const MAX_EXPANDED_ELEMENTS: usize = 1 << 28;
 
-/// The tensors of a checkpoint file, which is a state_dict at its top.
+/// The tensors of a checkpoint file: of the state_dict at its top, or of the one that a training
+/// checkpoint has there. What else is in a state_dict is left with the reason.
 ///
 /// # Errors
-/// If it is not a zip archive as PyTorch ≥ 1.6 writes it, is big-endian, asks for anything that
-/// tensors do not need, or describes tensors that its storages cannot hold.
+/// If it is not a zip archive as PyTorch ≥ 1.6 writes it, is big-endian, has no state_dict, or
+/// describes tensors that its storages cannot hold.
 pub fn read(file: &SharedBytes) -> Result<Checkpoint> {
     let mut archive = Archive::open(file)?;
     archive.check_byte_order()?;
@@ -37,6 +38,13 @@ pub fn read(file: &SharedBytes) -> Result<Checkpoint> {
     let mut storages = BTreeMap::new();
     let mut checkpoint = Checkpoint::default();
     for (name, stored) in machine::state_dict((*pickle).as_ref())? {
+        let stored = match stored {
+            Ok(stored) => stored,
+            Err(reason) => {
+                checkpoint.leave(name.to_owned(), reason)?;
+                continue;
+            }
+        };
         let Storage { key, .. } = stored.storage;
         let bytes = match storages.get(key) {
             Some(bytes) => Arc::clone(bytes),

@@ -24,8 +24,9 @@ const LENGTH_LEN: usize = 8;
 /// The tensors of a safetensors file.
 ///
 /// # Errors
-/// If the header cannot be read; if a tensor's dtype is not f16, bf16, f32 or i64; if a tensor's
-/// bytes are not as many as its shape needs; if the tensors overlap or do not cover the file.
+/// If the header cannot be read; if a tensor's bytes are not as many as its shape needs; if the
+/// tensors overlap or do not cover the file. Of another dtype than f16, bf16, f32 or i64 a tensor
+/// is left with the reason.
 pub fn read(file: &SharedBytes) -> Result<Checkpoint> {
     let whole = (**file).as_ref();
     let (header, elements_start) = split(whole)?;
@@ -35,9 +36,16 @@ pub fn read(file: &SharedBytes) -> Result<Checkpoint> {
     let mut checkpoint = Checkpoint::default();
     let mut end = 0;
     for (name, entry) in entries {
-        let tensor = entry
-            .tensor(file, elements_start, end)
-            .map_err(|error| error.context(format!("tensor {}", shown(&name))))?;
+        let here = |error: Error| error.context(format!("tensor {}", shown(&name)));
+        let dtype = match entry.dtype() {
+            Ok(dtype) => dtype,
+            Err(reason) => {
+                end = entry.end_from(end).map_err(here)?;
+                checkpoint.leave(name, reason)?;
+                continue;
+            }
+        };
+        let tensor = entry.tensor(dtype, file, elements_start, end).map_err(here)?;
         end = entry.data_offsets.1;
         checkpoint.insert(name, tensor)?;
     }
@@ -87,20 +95,37 @@ struct Entry {
 }
 
 impl Entry {
+    fn dtype(&self) -> Result<DType> {
+        match self.dtype.as_str() {
+            "F16" => Ok(DType::F16),
+            "BF16" => Ok(DType::BF16),
+            "F32" => Ok(DType::F32),
+            "I64" => Ok(DType::I64),
+            other => Err(Error::model(format!(
+                "it has elements of {}; F16, BF16, F32 and I64 are read",
+                shown(other)
+            ))),
+        }
+    }
+
+    /// Where a tensor ends of which no more is known, and which begins where the one before has
+    /// ended.
+    fn end_from(&self, end: usize) -> Result<usize> {
+        let (from, to) = self.data_offsets;
+        if from != end || to < from {
+            return Err(Error::model(format!("its bytes {from} to {to} should begin at {end}")));
+        }
+        Ok(to)
+    }
+
     /// The tensor, which has to begin where the one before has ended.
-    fn tensor(&self, file: &SharedBytes, elements_start: usize, end: usize) -> Result<HostTensor> {
-        let dtype = match self.dtype.as_str() {
-            "F16" => DType::F16,
-            "BF16" => DType::BF16,
-            "F32" => DType::F32,
-            "I64" => DType::I64,
-            other => {
-                return Err(Error::model(format!(
-                    "it has elements of {}; F16, BF16, F32 and I64 are read",
-                    shown(other)
-                )));
-            }
-        };
+    fn tensor(
+        &self,
+        dtype: DType,
+        file: &SharedBytes,
+        elements_start: usize,
+        end: usize,
+    ) -> Result<HostTensor> {
         if self.shape.len() > MAX_RANK {
             return Err(Error::model(format!(
                 "it has {} dimensions, more than {MAX_RANK}",

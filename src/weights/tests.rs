@@ -26,10 +26,11 @@ fn read(name: &str) -> Result<Checkpoint> {
 
 fn read_bytes(format: Format, bytes: Vec<u8>) -> Result<Checkpoint> {
     let bytes: SharedBytes = Arc::new(bytes);
-    match format {
+    let read = match format {
         Format::Safetensors => safetensors::read(&bytes),
         Format::Pickle => pickle::read(&bytes),
-    }
+    };
+    read.and_then(Checkpoint::all)
 }
 
 /// The elements in row-major order, through strides and offset.
@@ -129,7 +130,6 @@ fn a_file_that_is_not_read_is_refused_by_what_it_is() {
     check("parameter.bin", "asks for \"torch._utils._rebuild_parameter\"");
     check("double.bin", "elements of \"torch.DoubleStorage\"; f16, bf16, f32 and i64 are read");
     check("double.safetensors", "tensor \"weight\": it has elements of \"F64\"");
-    check("nested.bin", "\"state_dict\" is not a tensor: this is not a state_dict");
     check("protocol_4.bin", "pickle protocol 4");
     check("compressed.bin", "is compressed");
     check("big_endian.bin", "not little-endian");
@@ -140,6 +140,17 @@ fn a_file_that_is_not_read_is_refused_by_what_it_is() {
     assert!(error.contains("the format of PyTorch before 1.6"), "{error}");
     let error = read_bytes(Format::Pickle, b"<html>".to_vec()).unwrap_err().to_string();
     assert!(error.contains("not a PyTorch checkpoint"), "{error}");
+}
+
+#[test]
+fn the_state_dict_of_a_training_checkpoint_is_read_and_nothing_else_of_it() {
+    let weights = read("nested.bin").unwrap();
+    assert_eq!((weights.len(), values(weights.get("weight").unwrap()).len()), (1, 6));
+    // What is not read is left, unless all is asked for.
+    let some = Checkpoint::read_some(&fixture("malicious.bin"), None).unwrap();
+    assert_eq!(some.iter().map(|(name, _)| name).collect::<Vec<_>>(), ["weight"]);
+    let some = Checkpoint::read_some(&fixture("double.safetensors"), None).unwrap();
+    assert!(some.is_empty());
 }
 
 #[test]
@@ -194,7 +205,8 @@ fn use_all(checkpoint: &Checkpoint) -> usize {
     checkpoint.iter().map(|(_, tensor)| tensor).filter(small).map(|t| values(t).len()).sum()
 }
 
-const MUTATED: [&str; 4] = ["layouts.bin", "module.bin", "dict.bin", "dense.safetensors"];
+const MUTATED: [&str; 5] =
+    ["layouts.bin", "module.bin", "dict.bin", "nested.bin", "dense.safetensors"];
 
 #[test]
 fn a_file_cut_at_any_length_is_an_error() {

@@ -10,6 +10,7 @@ mod session;
 mod strangers;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 use crate::numbers::Random;
 
@@ -34,6 +35,7 @@ pub const TARGETS: &[Target] = &[
     cache::FILES,
     strangers::TARGET,
     pictures::TARGET,
+    weights::TARGET,
 ];
 
 /// The target of a name.

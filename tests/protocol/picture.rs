@@ -20,12 +20,13 @@ use tiny_sd::remote::storage::Storage;
 use tiny_sd::remote::transport::BulkSink;
 use tiny_sd::remote::worker;
 use tiny_sd::schedule::SchedulerKind;
-use tiny_sd::weights::{Component, ModelFolder};
+use tiny_sd::weights::{Component, Model};
 
 use super::{LIMITS, Worker};
 
-fn folder() -> Result<ModelFolder> {
-    ModelFolder::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/tiny"))
+fn folder() -> Result<Model> {
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models");
+    Model::open(models.join("tiny"), None)
 }
 
 /// The picture's bytes of a mini model.

@@ -154,10 +154,10 @@ fn run(batch: &BatchJob, stream: &Stream) -> Result<ExitCode> {
     let Some(first) = batch.tasks.first() else { return Ok(ExitCode::SUCCESS) };
     let device = names.first().map_or("", String::as_str);
     let teller = Teller { stream, device, pictures: &[], progress: &display };
-    let (folder, variant) = painter::model(&Wanted::of(&first.job), &teller)?;
-    let outline = Outline::of(&folder)?;
+    let (model, variant) = painter::model(&Wanted::of(&first.job), &teller)?;
+    let outline = Outline::of(&model)?;
     let job = common(&batch.tasks, &first.job, outline.scheduler)?;
-    let identity = Identity::of(&folder, variant.as_ref())?;
+    let identity = Identity::of(&model, variant.as_ref())?;
     let known = Known::new(&job, &outline, &identity);
     let mut report = Report::new(batch, &display, stream, outline.size);
     let mut waiting = Vec::new();
@@ -174,7 +174,7 @@ fn run(batch: &BatchJob, stream: &Stream) -> Result<ExitCode> {
     report.tell_skipped();
     let open = |device: &DevicePlan, progress: &dyn Progress| {
         let identify = || Ok(Pending::known(identity.clone()));
-        painter::open_on(&job, &folder, variant.as_ref(), device, &identify, progress)
+        painter::open_on(&job, &model, variant.as_ref(), device, &identify, progress)
     };
     let runner = Runner {
         batch,

@@ -42,19 +42,20 @@ impl<'p> Input<'p> {
         Ok(array)
     }
 
-    /// A whole number of up to 8 bytes: one byte of length, little-endian, signed.
-    pub(super) fn long(&mut self) -> Result<i64> {
+    /// A whole number: one byte of length, little-endian, signed. None if it has more than 8 bytes,
+    /// which nothing about a tensor has.
+    pub(super) fn long(&mut self) -> Result<Option<i64>> {
         let len = usize::from(self.byte()?);
         let bytes = self.take(len)?;
         if len > 8 {
-            return Err(Error::model(format!("a whole number of {len} bytes")));
+            return Ok(None);
         }
         let sign = bytes.last().is_some_and(|&last| last >= 0x80);
         let mut array = [if sign { 0xff } else { 0 }; 8];
         for (to, &from) in array.iter_mut().zip(bytes) {
             *to = from;
         }
-        Ok(i64::from_le_bytes(array))
+        Ok(Some(i64::from_le_bytes(array)))
     }
 
     /// Text after four bytes that give its length.

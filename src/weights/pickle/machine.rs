@@ -2,16 +2,18 @@
 //! writes for a state_dict. Opcodes as in CPython's `pickletools`; what they build as in
 //! `torch/_utils.py` and `torch/serialization.py`. Separate because it sees nothing but bytes.
 //!
-//! Nothing is ever run. A global is on the list of `globals.rs` or an error; "calling" one of them
-//! makes a dictionary or a description of a tensor. All values live in one arena and refer to each
-//! other by number, so that neither depth nor cycles nor sharing in the file cost stack or copies.
+//! Nothing is ever run. "Calling" a global on the list of `globals.rs` makes a dictionary or a
+//! description of a tensor; any other stays a placeholder, and so does all that would be made of
+//! it: the callbacks and optimizers of a training checkpoint are passed over so. All values live in
+//! one arena and refer to each other by number, so that neither depth nor cycles nor sharing in the
+//! file cost stack or copies.
 
 use std::collections::HashMap;
 
 use candle_core::DType;
 
 use super::super::{MAX_RANK, MAX_TENSORS, shown};
-use super::globals::{Global, allowed};
+use super::globals::{Global, Known, global, refusal};
 use super::input::{Input, damaged};
 use crate::error::{Error, Result};
 
@@ -23,6 +25,10 @@ const MAX_STACK: usize = 65_536;
 const MAX_OBJECTS: usize = 1 << 20;
 /// Longest key of a storage, in bytes. It is a number.
 const MAX_KEY_LEN: usize = 64;
+/// The key under which training checkpoints have their tensors.
+const STATE_DICT: &str = "state_dict";
+/// Most state_dicts within each other.
+const MAX_NESTED: usize = 4;
 
 /// A tensor as the pickle describes it: a view of a storage.
 #[derive(Debug, Clone)]
@@ -44,12 +50,15 @@ pub(super) struct Storage<'p> {
     pub(super) elements: usize,
 }
 
-/// The tensors of a pickled state_dict with their names, in the order of the file.
+/// What a state_dict has under a name; an error says why it is no tensor, or none that is read.
+pub(super) type Entry<'p> = (&'p str, Result<StoredTensor<'p>>);
+
+/// The tensors of a pickled state_dict with their names, in the order of the file: of the
+/// dictionary at its top, or of the one that this has as `state_dict`.
 ///
 /// # Errors
-/// If the pickle is damaged, uses what state_dicts do not, asks for a global that is not allowed,
-/// or its top is anything but a dictionary of tensors.
-pub(super) fn state_dict(pickle: &[u8]) -> Result<Vec<(&str, StoredTensor<'_>)>> {
+/// If the pickle is damaged, uses what state_dicts do not, or there is no such dictionary.
+pub(super) fn state_dict(pickle: &[u8]) -> Result<Vec<Entry<'_>>> {
     if pickle.len() > MAX_PICKLE_LEN {
         return Err(Error::model(format!(
             "data.pkl has {} bytes, more than the {MAX_PICKLE_LEN} that tensors need",
@@ -58,7 +67,8 @@ pub(super) fn state_dict(pickle: &[u8]) -> Result<Vec<(&str, StoredTensor<'_>)>>
     }
     let mut machine = Machine::new(pickle);
     let top = machine.run()?;
-    machine.tensors_of(top)
+    let dict = machine.state_dict(top);
+    machine.entries_of(dict)
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -66,9 +76,10 @@ enum Value<'p> {
     None,
     Bool,
     Int(i64),
-    Float,
+    /// A number that no tensor has.
+    Number,
     Text(&'p str),
-    Global(Global),
+    Global(Global<'p>),
     /// An index into the arena.
     Object(usize),
 }
@@ -126,15 +137,15 @@ impl<'p> Machine<'p> {
             }
             0x8a => {
                 let n = self.input.long()?;
-                self.push(Value::Int(n))
+                self.push(n.map_or(Value::Number, Value::Int))
             }
-            b'G' => self.input.array::<8>().and_then(|_| self.push(Value::Float)),
+            b'G' => self.input.array::<8>().and_then(|_| self.push(Value::Number)),
             b'X' => {
                 let text = self.input.text()?;
                 self.push(Value::Text(text))
             }
             b'c' => {
-                let global = allowed(self.input.line()?, self.input.line()?)?;
+                let global = global(self.input.line()?, self.input.line()?);
                 self.push(Value::Global(global))
             }
             b'(' => self.mark(),
@@ -152,16 +163,25 @@ impl<'p> Machine<'p> {
             b'}' => self.make(Object::Dict(vec![])),
             b's' => {
                 let (value, key) = (self.pop()?, self.pop()?);
-                self.dict()?.push((key, value));
-                Ok(())
+                self.set_items(&[[key, value]])
             }
-            b'u' => self.set_items(),
+            b'u' => {
+                let items = self.pop_to_mark()?;
+                let (pairs, rest) = items.as_chunks::<2>();
+                if !rest.is_empty() {
+                    return Err(damaged("a value for each key"));
+                }
+                self.set_items(pairs)
+            }
+            b'0' => self.pop().map(drop),
+            b'1' => self.pop_to_mark().map(drop),
             b'q' => self.input.array().and_then(|[n]| self.put(n.into())),
             b'r' => self.input.array().and_then(|n| self.put(u32::from_le_bytes(n))),
             b'h' => self.input.array().and_then(|[n]| self.get(n.into())),
             b'j' => self.input.array().and_then(|n| self.get(u32::from_le_bytes(n))),
             b'Q' => self.persistent_id(),
             b'R' => self.reduce(),
+            0x81 => self.new_object(),
             b'b' => self.build(),
             other => Err(Error::model(format!(
                 "opcode 0x{other:02x} is not one that torch.save writes: the file is damaged, or \
@@ -243,31 +263,35 @@ impl<'p> Machine<'p> {
         self.objects.get(index)
     }
 
-    /// The list that appending leaves on the stack.
-    fn list(&mut self) -> Result<()> {
-        let top = self.pop()?;
-        let Some(Object::List) = self.object(top) else { return Err(damaged("a list")) };
-        self.push(top)
-    }
-
-    /// The dictionary on top of the stack, which stays there.
-    fn dict(&mut self) -> Result<&mut Vec<(Value<'p>, Value<'p>)>> {
+    /// What is on top of the stack, and stays there.
+    fn top(&mut self) -> Result<Value<'p>> {
         let top = self.pop()?;
         self.push(top)?;
-        let Value::Object(index) = top else { return Err(damaged("a dictionary")) };
+        Ok(top)
+    }
+
+    /// What is appended is of no use here; it was appended to a list, or to what is none of ours.
+    fn list(&mut self) -> Result<()> {
+        match self.top()? {
+            Value::Global(Global::Placeholder { .. }) => Ok(()),
+            top => match self.object(top) {
+                Some(Object::List) => Ok(()),
+                _ => Err(damaged("a list")),
+            },
+        }
+    }
+
+    /// Puts items into the dictionary on top of the stack; what is none of ours takes anything.
+    fn set_items(&mut self, pairs: &[[Value<'p>; 2]]) -> Result<()> {
+        let index = match self.top()? {
+            Value::Global(Global::Placeholder { .. }) => return Ok(()),
+            Value::Object(index) => index,
+            _ => return Err(damaged("a dictionary")),
+        };
         let Some(Object::Dict(items)) = self.objects.get_mut(index) else {
             return Err(damaged("a dictionary"));
         };
-        Ok(items)
-    }
-
-    fn set_items(&mut self) -> Result<()> {
-        let items = self.pop_to_mark()?;
-        let (pairs, rest) = items.as_chunks::<2>();
-        if !rest.is_empty() {
-            return Err(damaged("a value for each key"));
-        }
-        self.dict()?.extend(pairs.iter().map(|&[key, value]| (key, value)));
+        items.extend(pairs.iter().map(|&[key, value]| (key, value)));
         Ok(())
     }
 
@@ -279,13 +303,20 @@ impl<'p> Machine<'p> {
         };
         let &[
             Value::Text("storage"),
-            Value::Global(Global::Storage(dtype)),
+            Value::Global(class),
             Value::Text(key),
             Value::Text(_device),
             Value::Int(elements),
         ] = items.as_slice()
         else {
             return Err(damaged("the description of a storage"));
+        };
+        let dtype = match class {
+            Global::Known(Known::Storage(dtype)) => dtype,
+            Global::Placeholder { .. } => return self.push(Value::Global(class)),
+            Global::Known(Known::OrderedDict | Known::RebuildTensor) => {
+                return Err(damaged("the description of a storage"));
+            }
         };
         if key.len() > MAX_KEY_LEN {
             return Err(damaged("a number for the key of a storage"));
@@ -298,14 +329,30 @@ impl<'p> Machine<'p> {
         let Some(Object::Tuple(arguments)) = self.object(arguments) else {
             return Err(damaged("a tuple of arguments"));
         };
-        let object = if let Value::Global(Global::RebuildTensor) = callable {
-            Object::Tensor(self.rebuild(arguments)?)
-        } else if matches!(callable, Value::Global(Global::OrderedDict)) && arguments.is_empty() {
-            Object::Dict(vec![])
-        } else {
-            return Err(damaged("something that makes an OrderedDict or a tensor"));
+        let object = match callable {
+            // Whatever it would make, it is not made.
+            Value::Global(Global::Placeholder { .. }) => return self.push(callable),
+            Value::Global(Global::Known(Known::RebuildTensor)) => match arguments.first() {
+                Some(&Value::Global(unread @ Global::Placeholder { .. })) => {
+                    return self.push(Value::Global(unread));
+                }
+                _ => Object::Tensor(self.rebuild(arguments)?),
+            },
+            Value::Global(Global::Known(Known::OrderedDict)) if arguments.is_empty() => {
+                Object::Dict(vec![])
+            }
+            _ => return Err(damaged("something that makes an OrderedDict or a tensor")),
         };
         self.make(object)
+    }
+
+    /// An instance of a class: all classes on the list are made by calling them.
+    fn new_object(&mut self) -> Result<()> {
+        let (_arguments, class) = (self.pop()?, self.pop()?);
+        match class {
+            Value::Global(Global::Placeholder { .. }) => self.push(class),
+            _ => Err(damaged("a class that is none of tensors'")),
+        }
     }
 
     /// `torch._utils._rebuild_tensor_v2(storage, storage_offset, size, stride, requires_grad,
@@ -350,34 +397,62 @@ impl<'p> Machine<'p> {
     /// modules, which inference has no use for.
     fn build(&mut self) -> Result<()> {
         let state = self.pop()?;
+        if let Value::Global(Global::Placeholder { .. }) = self.top()? {
+            return Ok(());
+        }
         if !matches!(self.object(state), Some(Object::Dict(_))) {
             return Err(damaged("the attributes of a dictionary"));
         }
-        self.dict().map(drop)
+        self.set_items(&[])
     }
 
-    fn tensors_of(&mut self, top: Value<'p>) -> Result<Vec<(&'p str, StoredTensor<'p>)>> {
-        let Some(Object::Dict(items)) = self.object(top) else {
+    /// The dictionary of tensors in what the pickle holds.
+    fn state_dict(&self, top: Value<'p>) -> Value<'p> {
+        let mut dict = top;
+        for _ in 0..MAX_NESTED {
+            let Some(Object::Dict(items)) = self.object(dict) else { break };
+            let is_it = |(key, value): &&(Value<'p>, Value<'p>)| {
+                matches!(key, Value::Text(STATE_DICT))
+                    && matches!(self.object(*value), Some(Object::Dict(_)))
+            };
+            match items.iter().find(is_it) {
+                Some((_, inner)) => dict = *inner,
+                None => break,
+            }
+        }
+        dict
+    }
+
+    fn entries_of(&self, dict: Value<'p>) -> Result<Vec<Entry<'p>>> {
+        if let Value::Global(Global::Placeholder { module, name }) = dict {
+            return Err(refusal(module, name));
+        }
+        let Some(Object::Dict(items)) = self.object(dict) else {
             return Err(Error::model("its top is not a dictionary of tensors (a state_dict)"));
         };
         if items.len() > MAX_TENSORS {
             return Err(Error::model(format!("more than {MAX_TENSORS} tensors")));
         }
-        let mut tensors = Vec::with_capacity(items.len());
+        let mut entries = Vec::with_capacity(items.len());
         for &(key, value) in items {
             let Value::Text(name) = key else {
                 return Err(Error::model("a key of the state_dict is not a name"));
             };
-            let Some(Object::Tensor(tensor)) = self.object(value) else {
-                return Err(Error::model(format!(
-                    "{} is not a tensor: this is not a state_dict, but holds more, such as a \
-                     training checkpoint; save the state_dict alone",
-                    shown(name)
-                )));
-            };
-            tensors.push((name, tensor.clone()));
+            entries.push((name, self.tensor_of(name, value)));
         }
-        Ok(tensors)
+        Ok(entries)
+    }
+
+    fn tensor_of(&self, name: &str, value: Value<'p>) -> Result<StoredTensor<'p>> {
+        match (value, self.object(value)) {
+            (_, Some(Object::Tensor(tensor))) => Ok(tensor.clone()),
+            (Value::Global(Global::Placeholder { module, name }), _) => Err(refusal(module, name)),
+            _ => Err(Error::model(format!(
+                "{} is not a tensor: this is not a state_dict, but holds more, such as a \
+                 training checkpoint; save the state_dict alone",
+                shown(name)
+            ))),
+        }
     }
 }
 
@@ -386,92 +461,4 @@ fn size(n: i64) -> Result<usize> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The start of every pickle that torch writes.
-    fn pickle(parts: &[&[u8]]) -> Vec<u8> {
-        [b"\x80\x02".as_slice(), &parts.concat(), b"."].concat()
-    }
-
-    #[test]
-    fn what_state_dicts_do_not_have_is_an_error() {
-        let check = |parts: &[&[u8]], expected: &str| {
-            let error = state_dict(&pickle(parts)).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error}");
-        };
-        assert!(state_dict(&pickle(&[b"}"])).unwrap().is_empty());
-        check(&[b"N"], "top is not a dictionary");
-        check(&[b""], "expected a value");
-        check(&[b"(N"], "top is not a dictionary");
-        check(&[b"(\x85"], "byte 3: expected a value");
-        check(&[b"t"], "expected a mark");
-        check(&[b"h\x05"], "expected a remembered value");
-        check(&[b"\x93"], "opcode 0x93");
-        check(&[b"}K\x01Ns"], "a key of the state_dict is not a name");
-        check(&[b"}(K\x01u"], "expected a value for each key");
-        check(&[b"N(NNu"], "expected a dictionary");
-        check(&[b"NNa"], "expected a list");
-        check(&[b"}Nb"], "expected the attributes of a dictionary");
-        check(&[b"N}b"], "expected a dictionary");
-        check(&[b"NQ"], "expected the description of a storage");
-        check(&[b"ctorch\nFloatStorage\n)R"], "expected something that makes");
-        check(&[b"ccollections\nOrderedDict\nNR"], "expected a tuple of arguments");
-        check(&[b"ctorch._utils\n_rebuild_tensor_v2\n)R"], "expected the arguments of a tensor");
-        check(&[b"cos\nsystem\n"], "asks for \"os.system\"");
-        check(&[b"c__builtin__\neval\x1b[2J\n"], "asks for \"__builtin__.eval\\u{1b}[2J\"");
-        check(&[b"ctorch\nFloatStorage "], "expected a line");
-        check(&[b"c", &[b'a'; 300], b"\nb\n"], "expected a line");
-        check(&[b"X\xff\xff\xff\xffabc"], "ends too early");
-        check(&[b"X\x01\0\0\0\xff"], "expected text in UTF-8");
-        check(&[b"\x8a\x09123456789"], "a whole number of 9 bytes");
-    }
-
-    #[test]
-    fn depth_cycles_and_floods_end_in_an_error() {
-        let check = |parts: &[&[u8]], expected: &str| {
-            let error = state_dict(&pickle(parts)).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error}");
-        };
-        // A dictionary that holds itself, and a tuple half a million deep.
-        check(&[b"}q\0X\x01\0\0\0ah\0s"], "\"a\" is not a tensor");
-        check(&[b"N", &vec![0x85; 500_000]], "top is not a dictionary");
-        check(&[b"N", &vec![0x85; MAX_OBJECTS + 1]], "objects");
-        check(&[&vec![b'('; MAX_STACK + 1]], "marks");
-        check(&[&vec![b'N'; MAX_STACK + 1]], "values on the stack");
-        let put = |slot: u32| [b"r".as_slice(), &slot.to_le_bytes()].concat();
-        let puts: Vec<u8> = (0..=MAX_OBJECTS as u32).flat_map(put).collect();
-        check(&[b"N", &puts], "values to remember");
-        check(&[&vec![b'N'; MAX_PICKLE_LEN]], "more than the");
-    }
-
-    /// A tensor of two f32 with this size, stride and offset, as opcodes.
-    fn tensor(size: &[u8], stride: &[u8], offset: &[u8], rest: &[u8]) -> Vec<u8> {
-        let head: &[u8] = b"}X\x01\0\0\0actorch._utils\n_rebuild_tensor_v2\n((";
-        let storage = b"X\x07\0\0\0storagectorch\nFloatStorage\n\
-            X\x01\0\0\x000X\x03\0\0\0cpuK\x02tQ";
-        let hooks: &[u8] = b"\x89ccollections\nOrderedDict\n)R";
-        pickle(&[head, storage, offset, size, stride, hooks, rest, b"tRs"])
-    }
-
-    #[test]
-    fn a_tensor_is_what_its_arguments_say() {
-        let bytes = tensor(b"K\x01K\x02\x86", b"M\0\x01\x8a\x01\x01\x86", b"J\x03\0\0\0", b"");
-        let tensors = state_dict(&bytes).unwrap();
-        let [("a", found)] = tensors.as_slice() else { panic!("{tensors:?}") };
-        assert_eq!((found.storage.dtype, found.storage.key), (DType::F32, "0"));
-        assert_eq!((found.storage.elements, found.offset), (2, 3));
-        assert_eq!((&*found.shape, &*found.stride), (&[1, 2][..], &[256, 1][..]));
-        let check = |size, stride, offset, rest, expected: &str| {
-            let error = state_dict(&tensor(size, stride, offset, rest)).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error}");
-        };
-        check(b")", b")", b"\x8a\x01\xff", b"", "expected a size, not -1");
-        check(b")", b"K\x01\x85", b"K\0", b"", "expected a stride for each dimension");
-        check(b"N\x85", b")", b"K\0", b"", "expected whole numbers");
-        check(b"N", b")", b"K\0", b"", "expected the size or stride");
-        check(b")", b")", b"N", b"", "expected the arguments of a tensor");
-        check(b")", b")", b"K\0", b"}", "a tensor has metadata");
-        check(b"(K\x01K\x01K\x01K\x01K\x01K\x01K\x01K\x01K\x01t", b")", b"K\0", b"", "9 dim");
-    }
-}
+mod tests;

@@ -1,0 +1,162 @@
+//! A model, whatever kind of files it lies in. Separate because whoever loads, hashes or describes
+//! one asks the same questions of a folder and of a single file.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::Checkpoint;
+use super::choice::{Component, Variant};
+use super::folder::ModelFolder;
+use super::single::{SingleFile, TokenizerFiles};
+use crate::error::{Error, Result};
+
+/// A model on this machine's disk.
+#[derive(Debug, Clone)]
+pub struct Model {
+    base: Base,
+}
+
+#[derive(Debug, Clone)]
+enum Base {
+    Folder(ModelFolder),
+    File(Box<SingleFile>),
+}
+
+/// A file with weights.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WeightFile {
+    /// Its path in the model's folder, with `/`; of a single file its name.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Whether other components are in it too.
+    pub is_shared: bool,
+}
+
+impl From<ModelFolder> for Model {
+    fn from(folder: ModelFolder) -> Self {
+        Self { base: Base::Folder(folder) }
+    }
+}
+
+impl Model {
+    /// Looks at a folder in diffusers layout, or a model in one file. `configs` is for the latter:
+    /// see [`SingleFile::open`].
+    ///
+    /// # Errors
+    /// If there is no such model, naming what is missing.
+    pub fn open(path: impl Into<PathBuf>, configs: Option<&Path>) -> Result<Self> {
+        let path = path.into();
+        if path.is_file() {
+            let file = SingleFile::open(path, configs)?;
+            return Ok(Self { base: Base::File(Box::new(file)) });
+        }
+        ModelFolder::open(path).map(Self::from)
+    }
+
+    /// The folder, or the file.
+    pub fn path(&self) -> &Path {
+        match &self.base {
+            Base::Folder(folder) => folder.path(),
+            Base::File(file) => file.path(),
+        }
+    }
+
+    /// What kind of files it lies in, for people.
+    pub fn layout(&self) -> &'static str {
+        match &self.base {
+            Base::Folder(_) => "diffusers layout",
+            Base::File(_) => "one file",
+        }
+    }
+
+    /// The configuration of a component.
+    ///
+    /// # Errors
+    /// If it cannot be read, or cannot be told from the weights.
+    pub fn config(&self, component: Component) -> Result<Value> {
+        match &self.base {
+            Base::Folder(folder) => folder.config(component),
+            Base::File(file) => file.config(component),
+        }
+    }
+
+    /// The scheduler's configuration; [`json::as_f64`](super::json::as_f64) reads its `-Infinity`.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn scheduler_config(&self) -> Result<Value> {
+        match &self.base {
+            Base::Folder(folder) => folder.scheduler_config(),
+            Base::File(file) => file.scheduler_config(),
+        }
+    }
+
+    /// Its tokenizer.
+    pub fn tokenizer(&self) -> TokenizerFiles {
+        match &self.base {
+            Base::Folder(folder) => TokenizerFiles::Folder(folder.tokenizer_dir()),
+            Base::File(file) => file.tokenizer(),
+        }
+    }
+
+    /// A component's weights under today's names, mapped: nothing is copied.
+    ///
+    /// # Errors
+    /// As [`ModelFolder::checkpoint`]; a single file has no variants.
+    pub fn checkpoint(
+        &self,
+        component: Component,
+        variant: Option<&Variant>,
+    ) -> Result<Checkpoint> {
+        match &self.base {
+            Base::Folder(folder) => folder.checkpoint(component, variant),
+            Base::File(file) => {
+                no_variant(variant)?;
+                file.checkpoint(component)
+            }
+        }
+    }
+
+    /// The files of a component's weights.
+    ///
+    /// # Errors
+    /// As [`checkpoint`](Self::checkpoint).
+    pub fn weight_files(
+        &self,
+        component: Component,
+        variant: Option<&Variant>,
+    ) -> Result<Vec<WeightFile>> {
+        match &self.base {
+            Base::Folder(folder) => {
+                let names = folder.weight_files(component, variant)?.into_iter();
+                let file = |name: String| {
+                    let path = folder.path().join(&name);
+                    WeightFile { name, path, is_shared: false }
+                };
+                Ok(names.map(file).collect())
+            }
+            Base::File(file) => {
+                no_variant(variant)?;
+                Ok(vec![lone(file.path(), true)])
+            }
+        }
+    }
+}
+
+/// A file that is no part of a folder.
+fn lone(path: &Path, is_shared: bool) -> WeightFile {
+    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    WeightFile { name, path: path.to_owned(), is_shared }
+}
+
+fn no_variant(variant: Option<&Variant>) -> Result<()> {
+    match variant {
+        None => Ok(()),
+        Some(variant) => Err(Error::usage(format!(
+            "--variant {}: a model in one file has its weights once",
+            variant.as_str()
+        ))),
+    }
+}
