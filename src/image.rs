@@ -160,6 +160,8 @@ pub struct Parameters {
     pub size: ImageSize,
     /// The model's short name, such as `tiny-sd`.
     pub model: String,
+    /// Layers of the text encoder that were left out.
+    pub clip_skip: usize,
 }
 
 /// `create_infotext` of AUTOMATIC1111's modules/processing.py: the prompt, the negative prompt if
@@ -175,6 +177,10 @@ impl fmt::Display for Parameters {
         write!(f, "Steps: {}, Sampler: {}", self.steps, quoted(&self.sampler))?;
         write!(f, ", CFG scale: {}, Seed: {}", self.guidance_scale, self.seed)?;
         write!(f, ", Size: {}, Model: {}", self.size, quoted(&self.model))?;
+        if self.clip_skip > 0 {
+            // Which counts the layer that is used, from the end.
+            write!(f, ", Clip skip: {}", self.clip_skip.saturating_add(1))?;
+        }
         write!(f, ", Version: tiny-sd {}", env!("CARGO_PKG_VERSION"))
     }
 }
@@ -202,6 +208,7 @@ mod tests {
             seed: 42,
             size: ImageSize { height: 512, width: 768 },
             model: "tiny-sd".into(),
+            clip_skip: 0,
         }
     }
 

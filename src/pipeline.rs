@@ -6,6 +6,7 @@
 mod loading;
 mod preview;
 mod prompts;
+mod runs;
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
@@ -23,9 +24,11 @@ use crate::schedule::{Combination, Plan, Scheduler, SchedulerConfig, SchedulerKi
 use crate::tensor::{Tensor, program};
 use crate::tokenizer::Tokenizer;
 
+pub use crate::tokenizer::Syntax as PromptSyntax;
 pub use loading::{LoadOptions, Outline, default_size};
 use preview::Preview;
 use prompts::Embeddings;
+pub use prompts::TextOptions;
 
 /// Version of the way from settings to pixels. Whoever changes pictures beyond the rounding in
 /// which kernels differ raises it: pictures of another version are not taken for those of this one.
@@ -76,6 +79,8 @@ pub struct PictureRequest<'a> {
     pub prompt: &'a str,
     /// What it should not show; empty for nothing.
     pub negative_prompt: &'a str,
+    /// What both become.
+    pub text: TextOptions,
     /// Seed of the noise.
     pub seed: u64,
     /// Denoising steps.
@@ -129,7 +134,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         requests: &[PictureRequest<'_>],
         progress: &dyn Progress,
     ) -> Result<Vec<Picture>> {
-        let pictures = self.paint_once(requests, progress);
+        let pictures = self.paint_runs(requests, progress);
         if pictures.is_err() {
             // What a device could not make would be the next picture's error too.
             self.embeddings.forget();
@@ -185,30 +190,14 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             None => self.scheduler.plan(first.steps)?,
         };
         let guidance = Guidance::new(first.guidance_scale);
-        let embeddings = self.encode(requests, guidance, progress)?; // (passes, 77, hidden)
+        // (passes, tokens, hidden)
+        let embeddings = self.encode(requests, guidance, progress)?;
         let embeddings = embeddings.to_device::<U>(&self.devices.unet)?;
         let text = self.unet.text_key_values(&embeddings)?;
         let seeds: Vec<_> = requests.iter().map(|request| request.seed).collect();
         let preview_every = first.preview_every;
         let denoising = Denoising { size, guidance, text: &text, seeds: &seeds, preview_every };
         self.denoise(&plan, &denoising, progress, observe)
-    }
-
-    /// The text embeddings of all prompts, with guidance after those of all negative prompts.
-    fn encode(
-        &self,
-        requests: &[PictureRequest<'_>],
-        guidance: Guidance,
-        progress: &dyn Progress,
-    ) -> Result<Tensor<T>> {
-        let prompts = requests.iter().map(|request| ("prompt", request.prompt));
-        let negative = requests.iter().map(|request| ("negative prompt", request.negative_prompt));
-        let texts: Vec<_> = match guidance {
-            Guidance::None => prompts.collect(),
-            Guidance::Scale(_) => negative.chain(prompts).collect(),
-        };
-        let (tokenizer, text_encoder) = (&self.tokenizer, &self.text_encoder);
-        self.embeddings.of(&texts, tokenizer, text_encoder, &self.devices.text, progress)
     }
 
     /// Noise to latents (pictures, channels, height, width) in f32, by the plan's evaluations of

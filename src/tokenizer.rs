@@ -18,9 +18,12 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
 use crate::error::{Error, Result};
+pub use chunks::{Chunk, Chunks, Syntax};
 use special::{SpecialTokens, added_tokens_decoder, tokens_to_add};
 
+mod chunks;
 mod clip;
+mod emphasis;
 mod special;
 
 /// CLIP's context: tokens in a prompt, `<|startoftext|>` and `<|endoftext|>` included.
@@ -116,10 +119,7 @@ impl Tokenizer {
     /// # Errors
     /// If the vocabulary has neither a token for a byte of the prompt nor an unknown token.
     pub fn encode(&self, prompt: &str) -> Result<Encoding> {
-        let encoding = self
-            .bpe
-            .encode(prompt, false)
-            .map_err(|error| Error::model(format!("tokenizer: {error}")))?;
+        let encoding = self.encode_whole(prompt)?;
         let room = self.length.saturating_sub(2);
         let mut ids = Vec::with_capacity(self.length);
         ids.push(self.bos);
@@ -131,6 +131,15 @@ impl Tokenizer {
             prompt.get(start.unwrap_or(0)..).unwrap_or(prompt).trim().to_owned()
         });
         Ok(Encoding { ids, truncated })
+    }
+
+    /// The tokens of a text, all of them, and nothing around them.
+    fn tokens(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.encode_whole(text)?.get_ids().to_vec())
+    }
+
+    fn encode_whole(&self, text: &str) -> Result<tokenizers::Encoding> {
+        self.bpe.encode(text, false).map_err(|error| Error::model(format!("tokenizer: {error}")))
     }
 }
 
@@ -305,7 +314,7 @@ mod tests {
         folder
     }
 
-    fn slow(config: Value, map: Value) -> TempDir {
+    pub fn slow(config: Value, map: Value) -> TempDir {
         folder(&[
             ("vocab.json", vocab().into()),
             ("merges.txt", MERGES.into()),
@@ -314,7 +323,7 @@ mod tests {
         ])
     }
 
-    fn id(token: &str) -> u32 {
+    pub fn id(token: &str) -> u32 {
         vocab()[token].as_u64().unwrap() as u32
     }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor as Golden};
 use tiny_sd::backend::cpu;
 use tiny_sd::image::{ImageSize, Picture};
-use tiny_sd::pipeline::{LoadOptions, PictureRequest, Pipeline, Placement};
+use tiny_sd::pipeline::{LoadOptions, PictureRequest, Pipeline, Placement, TextOptions};
 use tiny_sd::progress::Silent;
 use tiny_sd::schedule::SchedulerKind;
 use tiny_sd::tensor::Tensor;
@@ -46,7 +46,7 @@ fn upload(golden: &Golden, device: &cpu::Device) -> Tensor<Cpu> {
 }
 
 /// The largest difference, as a part of the largest value.
-fn check_close(what: &str, found: &[f32], golden: &Golden, tolerance: f32) {
+pub fn check_close(what: &str, found: &[f32], golden: &Golden, tolerance: f32) {
     let expected = values(golden);
     assert_eq!(found.len(), expected.len(), "{what}");
     let largest = expected.iter().fold(0f32, |largest, value| largest.max(value.abs()));
@@ -165,6 +165,7 @@ impl Case {
             seed: self.seed,
             steps: self.steps,
             guidance_scale: self.guidance_scale,
+            text: TextOptions::default(),
             size: self.size,
             scheduler: None,
             preview_every: None,

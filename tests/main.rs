@@ -15,6 +15,7 @@ mod numbers;
 mod peer;
 mod pictures;
 mod processes;
+mod prompts;
 mod protocol;
 mod quic;
 mod remote;

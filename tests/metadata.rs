@@ -181,6 +181,7 @@ fn edited(path: &Path, edit: impl FnOnce(Picture) -> Picture) -> Vec<u8> {
         seed: 1,
         size: ImageSize { height: 1, width: 1 },
         model: String::new(),
+        clip_skip: 0,
     };
     edit(Picture::from_opaque_file(&file).unwrap()).to_png(&parameters, &record).unwrap()
 }

@@ -6,7 +6,7 @@ use tempfile::TempDir;
 use tiny_sd::Result;
 use tiny_sd::backend::cpu;
 use tiny_sd::image::ImageSize;
-use tiny_sd::pipeline::{PictureRequest, Pipeline};
+use tiny_sd::pipeline::{PictureRequest, Pipeline, TextOptions};
 use tiny_sd::progress::Silent;
 use tiny_sd::schedule::SchedulerKind;
 
@@ -21,6 +21,7 @@ fn requests(steps: usize, guidance_scale: f64) -> Vec<PictureRequest<'static>> {
         seed,
         steps,
         guidance_scale,
+        text: TextOptions::default(),
         size: ImageSize { height: 72, width: 40 },
         scheduler: None,
         preview_every: None,
@@ -74,6 +75,7 @@ fn pictures_of_different_settings_are_not_made_together() {
     let base = requests(3, 7.5)[0];
     for other in [
         PictureRequest { steps: 4, ..base },
+        PictureRequest { text: TextOptions { clip_skip: 1, ..base.text }, ..base },
         PictureRequest { guidance_scale: 7.0, ..base },
         PictureRequest { size: ImageSize { height: 40, width: 72 }, ..base },
         PictureRequest { scheduler: Some(SchedulerKind::Ddim), ..base },

@@ -9,7 +9,10 @@ use clap::{ArgAction, Parser};
 
 use super::device::DevicePlan;
 use super::model::{HubName, ModelSource};
-use super::values::{BatchSize, Count, DtypeChoice, GuidanceScale, Side, Steps, Verbosity};
+use super::values::{
+    BatchSize, ClipSkip, Count, DtypeChoice, GuidanceScale, Side, Steps, Verbosity,
+};
+use crate::pipeline::PromptSyntax;
 use crate::schedule::SchedulerKind;
 
 /// The command line, each value parsed on its own.
@@ -65,6 +68,14 @@ pub(super) struct PictureArgs {
     #[arg(allow_hyphen_values = true)]
     pub negative_prompt: String,
 
+    /// How prompts are read: plain, or a1111 with weights such as (word:1.2)
+    ///
+    /// plain is diffusers: the text as it is, cut off after 75 tokens. a1111 is AUTOMATIC1111's web
+    /// UI: (word) weighs 1.1 times as much, [word] 1/1.1 times, (word:1.3) 1.3 times; \( is a
+    /// bracket; BREAK begins another chunk; and nothing is cut off: every 75 tokens are a chunk.
+    #[arg(long, value_name = "SYNTAX", default_value = "plain")]
+    pub prompt_syntax: PromptSyntax,
+
     /// Where the picture goes: a .png, .jpg or .webp file, a folder, or - for standard output
     ///
     /// The suffix is the format: PNG and WebP keep every bit, JPEG has quality 95 and full colour.
@@ -101,6 +112,13 @@ pub(super) struct PictureArgs {
     #[arg(long, value_name = "NAME", value_parser = SchedulerKind::parse)]
     #[arg(alias = "sampler-name")]
     pub scheduler: Option<SchedulerKind>,
+
+    /// Leave out the last N layers of the text encoder, as diffusers counts them
+    ///
+    /// AUTOMATIC1111, stable-diffusion.cpp and model pages count from 1: their "Clip skip: 2" is 1
+    /// here, their 1 is 0.
+    #[arg(long, value_name = "N", default_value = "0", allow_negative_numbers = true)]
+    pub clip_skip: ClipSkip,
 
     /// Number of pictures, 1 to 10000, with seeds N, N+1, …
     #[arg(long, value_name = "N", default_value = "1", allow_negative_numbers = true)]
@@ -224,6 +242,7 @@ Examples:
   tiny-sd -- help                                the prompt \"help\"
   echo \"a red fox\" | tiny-sd -                   the prompt from standard input
   tiny-sd \"a fox\" -n \"blurry, text\"              --negative-prompt
+  tiny-sd \"a (red:1.3) fox\" --prompt-syntax a1111
   tiny-sd \"a fox\" -o - | display                 --output to a pipe
   tiny-sd \"a fox\" -o \"fox-{seed}.png\"            --output with the seed in its name
   tiny-sd \"a fox\" -o fox.jpg                    a JPEG; .webp is smaller than .png
@@ -238,6 +257,7 @@ Examples:
   tiny-sd \"a fox\" -g 5                           --guidance-scale
   tiny-sd \"a fox\" -W 768 -H 512                  --width, --height
   tiny-sd \"a fox\" --scheduler euler-a
+  tiny-sd \"a fox\" --clip-skip 1                  what others call \"Clip skip: 2\"
   tiny-sd \"a fox\" --dtype f32 --device cpu --threads 8
   tiny-sd \"a fox\" --low-memory                  half the memory, slower convolutions
   tiny-sd \"a fox\" -s 7 --count 4 -o fox.png      fox-1.png … fox-4.png with seeds 7 to 10

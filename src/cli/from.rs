@@ -13,6 +13,7 @@ use super::settings::{ModelRecord, Settings};
 use super::surroundings::{At, Surroundings};
 use crate::error::{Error, Result};
 use crate::image::{Infotext, MAX_PICTURE_BYTES, PictureTexts};
+use crate::pipeline::PromptSyntax;
 use crate::schedule::SchedulerKind;
 
 /// stable-diffusion.cpp's names of samplers that are here too.
@@ -36,11 +37,12 @@ const OTHER_SCHEDULES: [&str; 9] = [
     "beta",
 ];
 /// Values that are used, or that change no picture.
-const KNOWN_VALUES: [&str; 12] = [
+const KNOWN_VALUES: [&str; 13] = [
     "Steps",
     "Sampler",
     "Schedule type",
     "CFG scale",
+    "Clip skip",
     "Seed",
     "Size",
     "Model hash",
@@ -131,6 +133,10 @@ impl Filling<'_> {
         self.take("guidance_scale", guidance_scale, |args, scale| {
             args.picture.guidance_scale = scale;
         })?;
+        self.take("prompt_syntax", &settings.prompt_syntax, |args, syntax| {
+            args.picture.prompt_syntax = syntax;
+        })?;
+        self.take("clip_skip", &settings.clip_skip, |args, skip| args.picture.clip_skip = skip)?;
         self.take("width", width, |args, side| args.picture.width = Some(side))?;
         self.take("height", height, |args, side| args.picture.height = Some(side))?;
         self.take("dtype", dtype, |args, dtype| args.model.dtype = dtype)?;
@@ -150,6 +156,10 @@ impl Filling<'_> {
     /// Takes what is known of what other programs say.
     fn take_infotext(&mut self, found: &Infotext) -> Result<()> {
         self.take_prompts(&found.prompt, &found.negative_prompt);
+        if !(self.is_given)("prompt_syntax") && !is_ours(found) {
+            // Both programs read prompts so.
+            self.args.picture.prompt_syntax = PromptSyntax::A1111;
+        }
         if let Some(steps) = found.get("Steps") {
             self.take("steps", steps, |args, steps| args.picture.steps = steps)?;
         }
@@ -162,6 +172,14 @@ impl Filling<'_> {
         if let Some((width, height)) = found.get("Size").and_then(|size| size.split_once('x')) {
             self.take("width", width, |args, side| args.picture.width = Some(side))?;
             self.take("height", height, |args, side| args.picture.height = Some(side))?;
+        }
+        if let Some(used) = found.get("Clip skip") {
+            // Which layer is used, from the end; some write -1 or 0 for the last one.
+            let skipped = used.parse::<i64>().map_or(used.to_owned(), |used| match used {
+                ..=1 => "0".to_owned(),
+                _ => used.saturating_sub(1).to_string(),
+            });
+            self.take("clip_skip", &skipped, |args, skip| args.picture.clip_skip = skip)?;
         }
         if let Some(sampler) = found.get("Sampler").filter(|_| !(self.is_given)("scheduler")) {
             self.args.picture.scheduler = Some(scheduler(sampler, found.get("Schedule type"))?);
@@ -268,8 +286,7 @@ fn scheduler(sampler: &str, schedule: Option<&str>) -> Result<SchedulerKind> {
 /// What of another program's picture stays behind.
 fn note(found: &Infotext) -> Option<String> {
     const MOST_SHOWN: usize = 8;
-    let is_ours = found.get("Version").is_some_and(|version| version.starts_with("tiny-sd "));
-    if is_ours {
+    if is_ours(found) {
         return None;
     }
     let unused = found.values.iter().filter(|(name, _)| !KNOWN_VALUES.contains(&name.as_str()));
@@ -285,6 +302,10 @@ fn note(found: &Infotext) -> Option<String> {
         notes.push(format!("not used: {shown}{more}"));
     }
     (!notes.is_empty()).then(|| notes.join("; "))
+}
+
+fn is_ours(found: &Infotext) -> bool {
+    found.get("Version").is_some_and(|version| version.starts_with("tiny-sd "))
 }
 
 #[cfg(test)]
@@ -311,6 +332,7 @@ mod tests {
             seed: 0,
             size: ImageSize { height: 1, width: 1 },
             model: String::new(),
+            clip_skip: 0,
         };
         picture().to_png(&parameters, record).unwrap()
     }
@@ -347,13 +369,15 @@ mod tests {
         let other = from(file.clone(), "|-m|other/name").unwrap();
         assert_eq!(other.scheduler, Some(SchedulerKind::Ddim));
         type Change = fn(&mut Job);
-        let rows: [(&str, Change); 8] = [
+        let rows: [(&str, Change); 10] = [
             ("|a cat", |job| job.prompt = "a cat".into()),
             ("|--prompt|", |job| job.prompt = String::new()),
             ("|-n|", |job| job.negative_prompt = String::new()),
             ("|-s|7", |job| job.seed = 7),
             // Also where they are the default.
             ("|--steps|25", |job| job.steps = "25".parse().unwrap()),
+            ("|--prompt-syntax|a1111", |job| job.prompt_syntax = PromptSyntax::A1111),
+            ("|--clip-skip|2", |job| job.clip_skip = "2".parse().unwrap()),
             ("|-g|7.5", |job| job.guidance_scale = "7.5".parse().unwrap()),
             ("|--dtype|auto", |job| job.dtype = DtypeChoice::Auto),
             ("|--scheduler|euler", |job| job.scheduler = Some(SchedulerKind::Euler)),
@@ -370,10 +394,11 @@ mod tests {
         let text = "a fox\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, Schedule type: \
                     Automatic, CFG scale: 7, Seed: 5, Size: 512x768, Model: v1-5, Clip skip: 2";
         let job = from(with_text(text), "").unwrap();
-        let same = "a fox|-n|blurry|--steps|20|--scheduler|euler-a|-g|7|-s|5|-W|512|-H|768";
+        let same = "a fox|-n|blurry|--steps|20|--scheduler|euler-a|-g|7|-s|5|-W|512|-H|768\
+                    |--clip-skip|1|--prompt-syntax|a1111";
         assert_eq!(Job { notes: Vec::new(), ..job.clone() }, job_of(same));
         let note = "x.png: another program drew other noise from its seed; \
-                    not used: Model: v1-5, Clip skip: 2";
+                    not used: Model: v1-5";
         assert_eq!(job.notes, [note]);
         let cpp = "a\nSteps: 2, CFG scale: 7.000000, Seed: 1, Size: 8x8, RNG: cuda, \
                    Sampler: dpm++2m discrete, Version: stable-diffusion.cpp";

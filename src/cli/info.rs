@@ -223,6 +223,10 @@ fn record_lines(record: &Settings, text: &mut String) {
         line(text, "resolved prompt", &record.resolved_prompt);
     }
     line(text, "negative prompt", &record.negative_prompt);
+    line(text, "prompt syntax", &record.prompt_syntax);
+    if record.clip_skip > 0 {
+        line(text, "clip skip", record.clip_skip);
+    }
     line(text, "seed", record.seed);
     line(text, "steps", record.steps);
     line(text, "guidance scale", record.guidance_scale);

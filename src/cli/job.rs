@@ -18,13 +18,16 @@ use super::from;
 use super::info::{self, InfoJob};
 use super::model::{HubName, ModelSource};
 use super::output::OutputPlan;
-use super::prompt::{check_length, given_prompt, prompt_of_stdin};
+use super::prompt::{check, given_prompt, prompt_of_stdin};
 use super::surroundings::Surroundings;
-use super::values::{BatchSize, Count, DtypeChoice, GuidanceScale, SizeRequest, Steps, Verbosity};
+use super::values::{
+    BatchSize, ClipSkip, Count, DtypeChoice, GuidanceScale, SizeRequest, Steps, Verbosity,
+};
 use super::verify::{self, VerifyJob};
 use super::worker::{self, WorkerJob};
 use crate::backend::cpu;
 use crate::error::{Error, Result};
+use crate::pipeline::PromptSyntax;
 use crate::schedule::SchedulerKind;
 
 /// Pictures to make, and how.
@@ -34,6 +37,10 @@ pub struct Job {
     pub prompt: String,
     /// What they should not show; empty for nothing.
     pub negative_prompt: String,
+    /// How both are read.
+    pub prompt_syntax: PromptSyntax,
+    /// Layers of the text encoder that are left out.
+    pub clip_skip: ClipSkip,
     /// The model.
     pub model: ModelSource,
     /// What a model in one file does not say, in a folder.
@@ -173,7 +180,7 @@ pub(super) fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result
         Some(prompt) => prompt,
         None => prompt_of_stdin(surroundings)?,
     };
-    check_length("the prompt", job.prompt.len())?;
+    check("the prompt", &job.prompt, job.prompt_syntax)?;
     Ok(job)
 }
 
@@ -205,8 +212,8 @@ impl Job {
         Choice { seed, output, device }: Choice,
     ) -> Result<Self> {
         let prompt = picture.prompt.unwrap_or_default();
-        check_length("the prompt", prompt.len())?;
-        check_length("the negative prompt", picture.negative_prompt.len())?;
+        check("the prompt", &prompt, picture.prompt_syntax)?;
+        check("the negative prompt", &picture.negative_prompt, picture.prompt_syntax)?;
         check_model(model)?;
         let count = picture.count.get();
         if seed.checked_add(count.saturating_sub(1) as u64).is_none() {
@@ -218,6 +225,8 @@ impl Job {
         Ok(Self {
             prompt,
             negative_prompt: picture.negative_prompt,
+            prompt_syntax: picture.prompt_syntax,
+            clip_skip: picture.clip_skip,
             model: model.model.clone(),
             configs: model.configs.clone(),
             revision: model.revision.clone(),
@@ -327,6 +336,8 @@ pub(super) mod tests {
         let expected = Job {
             prompt: "a fox".into(),
             negative_prompt: String::new(),
+            prompt_syntax: PromptSyntax::Plain,
+            clip_skip: "0".parse().unwrap(),
             model: ModelSource::Hub("segmind/tiny-sd".into()),
             configs: None,
             revision: None,
@@ -357,7 +368,7 @@ pub(super) mod tests {
     fn each_flag_changes_what_it_names_and_nothing_else() {
         type Change = fn(&mut Job);
         let base = job_of("x");
-        let rows: [(&str, Change); 28] = [
+        let rows: [(&str, Change); 30] = [
             ("x|-n|", |job| job.negative_prompt = String::new()),
             ("--prompt|-- a --flag", |job| job.prompt = "-- a --flag".into()),
             ("--prompt|", |job| job.prompt = String::new()),
@@ -377,6 +388,8 @@ pub(super) mod tests {
             ("x|--seed|18446744073709551615", |job| job.seed = u64::MAX),
             ("x|--steps|1000", |job| job.steps = "1000".parse().unwrap()),
             ("x|-g|0", |job| job.guidance_scale = "0".parse().unwrap()),
+            ("x|--prompt-syntax|a1111", |job| job.prompt_syntax = PromptSyntax::A1111),
+            ("x|--clip-skip|1", |job| job.clip_skip = "1".parse().unwrap()),
             ("x|-W|8", |job| job.size.width = "8".parse().ok()),
             ("x|--height|4096", |job| job.size.height = "4096".parse().ok()),
             ("x|--scheduler|dpm++2m", |job| {
@@ -422,6 +435,10 @@ pub(super) mod tests {
             ("x|--steps|0", "1 to 1000"),
             ("x|--steps|1001", "1 to 1000"),
             ("x|--count|0", "1 to 10000"),
+            ("x|--clip-skip|-1", "0 to 100"),
+            ("x|--prompt-syntax|comfy", "plain or a1111"),
+            ("(x:2000)|--prompt-syntax|a1111", "the prompt: \"x\" has the weight 2000"),
+            ("x|-n|(y:-1e9)(y:-2000)|--prompt-syntax|a1111", "the negative prompt: \"y\" has"),
             ("x|-W|500", "a multiple of 8 from 8 to 4096; 496 and 504 are near"),
             ("x|-W|0", "a multiple of 8"),
             ("x|-H|-8", "a multiple of 8"),

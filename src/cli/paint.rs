@@ -11,7 +11,7 @@ use super::run::Painter;
 use super::settings::Settings;
 use crate::error::Result;
 use crate::image::{FileFormat, ImageSize, Parameters, Picture};
-use crate::pipeline::PictureRequest;
+use crate::pipeline::{PictureRequest, TextOptions};
 use crate::progress::Progress;
 
 /// Pixels that go through the UNet together unless the user says how many pictures. Beyond one
@@ -73,6 +73,7 @@ pub(super) fn paint(
             seed,
             size: picture.size(),
             model: job.model.short_name(),
+            clip_skip: job.clip_skip.get(),
         };
         let settings = Settings::new(job, seed, picture.size(), provenance.clone());
         let file = picture.to_file(format, &parameters, &settings.to_json())?;
@@ -86,6 +87,7 @@ pub(super) fn picture_request(job: &Job, seed: u64, size: ImageSize) -> PictureR
     PictureRequest {
         prompt: &job.prompt,
         negative_prompt: &job.negative_prompt,
+        text: TextOptions { syntax: job.prompt_syntax, clip_skip: job.clip_skip.get() },
         seed,
         steps: job.steps.get(),
         guidance_scale: job.guidance_scale.get(),

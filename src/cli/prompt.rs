@@ -4,8 +4,9 @@
 use super::args::Args;
 use super::surroundings::Surroundings;
 use crate::error::{Error, Result};
+use crate::pipeline::PromptSyntax;
 
-/// The longest prompt; a model reads 77 tokens of it, and the whole of it is recorded.
+/// The longest prompt; whatever a model reads of it, the whole of it is recorded.
 pub const MAX_PROMPT_BYTES: usize = 64 << 10;
 
 /// The prompt on the command line, `None` if it is to be read from standard input.
@@ -52,7 +53,13 @@ pub(super) fn prompt_of_stdin(surroundings: &mut dyn Surroundings) -> Result<Str
     Ok(text.to_owned())
 }
 
-pub(super) fn check_length(what: &str, bytes: usize) -> Result<()> {
+/// Whether a text can be a prompt.
+pub(super) fn check(what: &str, text: &str, syntax: PromptSyntax) -> Result<()> {
+    check_length(what, text.len())?;
+    syntax.check(text).map_err(|error| error.context(what))
+}
+
+fn check_length(what: &str, bytes: usize) -> Result<()> {
     if bytes > MAX_PROMPT_BYTES {
         return Err(Error::usage(format!("{what} is longer than {MAX_PROMPT_BYTES} bytes")));
     }

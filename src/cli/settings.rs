@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::job::Job;
 use crate::error::{Error, Result};
 use crate::image::ImageSize;
-use crate::pipeline::PIPELINE_VERSION;
+use crate::pipeline::{PIPELINE_VERSION, PromptSyntax};
 
 /// Version of the record's fields. Fields are added without another version, since readers skip
 /// those that they do not know; one that changes its meaning gives another version.
@@ -31,6 +31,12 @@ pub struct Settings {
     pub resolved_prompt: String,
     /// What the picture should not show; empty for nothing.
     pub negative_prompt: String,
+    /// How both prompts were read: `plain` or `a1111`.
+    #[serde(default = "plain")]
+    pub prompt_syntax: String,
+    /// Layers of the text encoder that were left out.
+    #[serde(default)]
+    pub clip_skip: u64,
     /// Seed of the noise.
     pub seed: u64,
     /// Steps of the scheduler.
@@ -101,6 +107,8 @@ impl Settings {
             prompt: job.prompt.clone(),
             resolved_prompt: job.prompt.clone(),
             negative_prompt: job.negative_prompt.clone(),
+            prompt_syntax: job.prompt_syntax.name().into(),
+            clip_skip: job.clip_skip.get() as u64,
             seed,
             steps: job.steps.get() as u64,
             guidance_scale: job.guidance_scale.get(),
@@ -124,7 +132,9 @@ impl Settings {
 
     /// BLAKE3-256, in hexadecimal digits, of what determines the picture: `pipeline`,
     /// `resolved_prompt`, `negative_prompt`, `seed`, `steps`, `guidance_scale`, `width`, `height`,
-    /// `resolved_scheduler`, `dtype`, `weights_hash` and `config_hash`.
+    /// `resolved_scheduler`, `dtype`, `weights_hash` and `config_hash`, and of what came later
+    /// (`prompt_syntax`, `clip_skip`) whatever is not as it was before: the keys of older records
+    /// stay as they are.
     ///
     /// Not in it: what only names these things (`prompt`, `scheduler`, the model's `source`,
     /// `revision`, `variant` and `config`), who wrote it (`schema`, `version`), and where it was
@@ -147,6 +157,12 @@ impl Settings {
         add("dtype", self.dtype.as_bytes());
         add("weights_hash", self.model.weights_hash.as_bytes());
         add("config_hash", self.model.config_hash.as_bytes());
+        if self.prompt_syntax != plain() {
+            add("prompt_syntax", self.prompt_syntax.as_bytes());
+        }
+        if self.clip_skip != 0 {
+            add("clip_skip", &self.clip_skip.to_le_bytes());
+        }
         hasher.finalize().to_hex().to_string()
     }
 
@@ -170,6 +186,11 @@ impl Settings {
         serde_json::from_str(text)
             .map_err(|error| Error::other(format!("its record cannot be read: {error}")))
     }
+}
+
+/// How prompts were read before there was a choice.
+fn plain() -> String {
+    PromptSyntax::Plain.name().into()
 }
 
 #[cfg(test)]
@@ -240,6 +261,8 @@ pub(super) mod tests {
             &[
                 |s| s.pipeline += 1,
                 |s| s.resolved_prompt.push(' '),
+                |s| s.clip_skip += 1,
+                |s| s.prompt_syntax = "a1111".into(),
                 |s| s.negative_prompt.clear(),
                 |s| s.seed -= 1,
                 |s| s.steps += 1,

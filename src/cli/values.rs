@@ -48,6 +48,13 @@ bounded!(
     "a whole number"
 );
 
+bounded!(
+    /// Layers of the text encoder that are left out, 0 to 100; how many it has, its model says.
+    ClipSkip,
+    (0..=100_usize),
+    "a whole number"
+);
+
 /// How many pictures go through the UNet together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BatchSize {

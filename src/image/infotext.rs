@@ -227,6 +227,7 @@ mod tests {
                 seed: u64::MAX - seed,
                 size: ImageSize { height: 8, width: 16 },
                 model,
+                clip_skip: 0,
             };
             let found = Infotext::parse(&before.to_string());
             assert_eq!(found.prompt, before.prompt, "seed {seed}");

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::backend::{Activation, Attention as AttentionOp, Backend};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::config::Fields;
 use crate::nn::{Bias, LayerNorm, Linear, Loader, Names};
 use crate::tensor::Tensor;
@@ -121,10 +121,27 @@ impl<B: Backend> TextEncoder<B> {
     /// # Errors
     /// If there are more tokens than positions, or the device fails.
     pub fn forward(&self, ids: &Tensor<B>) -> Result<Tensor<B>> {
+        self.forward_skipping(ids, 0)
+    }
+
+    /// As [`forward`](Self::forward) without the last `clip_skip` layers, but with the last norm:
+    /// diffusers' `hidden_states[-(clip_skip + 1)]`, then `final_layer_norm`.
+    ///
+    /// # Errors
+    /// If no layer would be left, there are more tokens than positions, or the device fails.
+    pub fn forward_skipping(&self, ids: &Tensor<B>, clip_skip: usize) -> Result<Tensor<B>> {
+        let used = self.layers.len().saturating_sub(clip_skip);
+        let Some(layers) = self.layers.get(..used).filter(|layers| !layers.is_empty()) else {
+            let layers = self.layers.len();
+            return Err(Error::usage(format!(
+                "--clip-skip {clip_skip}: this model's text encoder has {layers} layers, of which \
+                 one must be left"
+            )));
+        };
         let [_, tokens] = ids.dims_exact()?;
         let positions = self.position_embedding.narrow(0, 0, tokens)?;
         let mut x = self.token_embedding.embedding(ids)?.add(&positions)?;
-        for layer in &self.layers {
+        for layer in layers {
             x = layer.forward(&x)?;
         }
         self.final_layer_norm.forward(&x)

@@ -82,6 +82,7 @@ fn draw(random: &mut Random) -> Vec<u8> {
                 seed: 1,
                 size,
                 model: text(random, b"a/b"),
+                clip_skip: 0,
             };
             let formats = [FileFormat::Png, FileFormat::Jpeg, FileFormat::WebP];
             let format = formats[random.below(formats.len())];

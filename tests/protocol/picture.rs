@@ -10,7 +10,7 @@ use candle_core::DType;
 use tiny_sd::Result;
 use tiny_sd::backend::{Backend, HostTensor, cpu};
 use tiny_sd::image::{ImageSize, Picture};
-use tiny_sd::pipeline::{LoadOptions, PictureRequest, Pipeline, Placement};
+use tiny_sd::pipeline::{LoadOptions, PictureRequest, Pipeline, Placement, TextOptions};
 use tiny_sd::progress::{Event, Progress, Silent};
 use tiny_sd::remote::client::Statistics;
 use tiny_sd::remote::library::Library;
@@ -168,6 +168,7 @@ fn request(steps: usize, preview_every: Option<NonZeroUsize>) -> PictureRequest<
         seed: 4,
         steps,
         guidance_scale: 7.5,
+        text: TextOptions::default(),
         size: ImageSize { height: 64, width: 64 },
         scheduler: None,
         preview_every,
