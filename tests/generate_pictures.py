@@ -111,6 +111,11 @@ RESIZES = [
     ((16, 16), (16, 40)),
     ((16, 16), (40, 16)),
     ((31, 29), (32, 24)),
+    # Pillow 13 begins with the columns where height goes down by more than twice what width does.
+    ((60, 50), (48, 64)),
+    ((67, 24), (32, 16)),
+    ((49, 64), (25, 50)),
+    ((67, 30), (32, 16)),
 ]
 
 

@@ -10,6 +10,7 @@ use tiny_sd::image::{FileFormat, ImageSize, Picture, PictureTexts};
 
 use super::golden::{fixtures, psnr};
 use super::metadata::{ends_with, json, run};
+use super::numbers::Random;
 
 fn goldens() -> HashMap<String, Golden> {
     candle_core::safetensors::load(fixtures().join("pictures.safetensors"), &Device::Cpu).unwrap()
@@ -45,9 +46,31 @@ fn a_file_of_any_kind_has_the_pixels_that_pillow_reads() {
 }
 
 #[test]
+fn a_damaged_file_is_read_or_refused_on_one_line() {
+    let mut random = Random(7);
+    for (name, file) in goldens().iter().filter(|(name, _)| name.ends_with(".file")) {
+        let file = bytes(file);
+        for round in 0..60 {
+            let mut damaged = file.clone();
+            for _ in 0..=random.below(3) {
+                let place = random.below(damaged.len());
+                damaged[place] = random.bits() as u8;
+            }
+            if round % 4 == 0 {
+                damaged.truncate(random.below(damaged.len()));
+            }
+            if let Err(error) = Picture::from_file(&damaged) {
+                let text = error.to_string();
+                assert!(!text.contains('\n') && text.len() < 300, "{name} {round}: {text}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_picture_in_another_size_is_pillows_to_the_byte() {
     let goldens = goldens();
-    for case in 0..10 {
+    for case in 0..14 {
         let expected = picture(&goldens[&format!("resize.{case}.to")]);
         let before = picture(&goldens[&format!("resize.{case}.from")]);
         let found = before.resized(expected.size()).unwrap();
