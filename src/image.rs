@@ -6,6 +6,7 @@ mod container;
 mod exif;
 mod format;
 mod infotext;
+mod mask;
 mod of_png;
 mod read;
 mod resize;
@@ -15,6 +16,7 @@ use std::fmt;
 
 pub use format::{FileFormat, JPEG_QUALITY};
 pub use infotext::Infotext;
+pub use mask::Mask;
 pub use read::{MAX_PICTURE_BYTES, PictureTexts};
 
 use crate::error::{Error, Result};
@@ -162,6 +164,8 @@ pub struct Parameters {
     pub model: String,
     /// Layers of the text encoder that were left out.
     pub clip_skip: usize,
+    /// Of a picture that was made of another: how far from it, 0 to 1.
+    pub denoising_strength: Option<f64>,
 }
 
 /// `create_infotext` of AUTOMATIC1111's modules/processing.py: the prompt, the negative prompt if
@@ -180,6 +184,9 @@ impl fmt::Display for Parameters {
         if self.clip_skip > 0 {
             // Which counts the layer that is used, from the end.
             write!(f, ", Clip skip: {}", self.clip_skip.saturating_add(1))?;
+        }
+        if let Some(strength) = self.denoising_strength {
+            write!(f, ", Denoising strength: {strength}")?;
         }
         write!(f, ", Version: tiny-sd {}", env!("CARGO_PKG_VERSION"))
     }
@@ -209,6 +216,7 @@ mod tests {
             size: ImageSize { height: 512, width: 768 },
             model: "tiny-sd".into(),
             clip_skip: 0,
+            denoising_strength: None,
         }
     }
 
@@ -248,6 +256,8 @@ mod tests {
         assert_eq!(short.to_string(), format!("Portrait of a pretty girl\n{line}"));
         let empty = Parameters { prompt: String::new(), ..short };
         assert_eq!(empty.to_string(), line);
+        let changed = Parameters { denoising_strength: Some(0.6), ..whole.clone() };
+        assert!(changed.to_string().contains("Model: tiny-sd, Denoising strength: 0.6, Version"));
         let odd = Parameters { model: "a,b: \"c\"".into(), guidance_scale: 7.0, ..whole };
         assert!(odd.to_string().contains(r#"CFG scale: 7, "#), "{odd}");
         assert!(odd.to_string().contains(r#"Model: "a,b: \"c\"", Version"#), "{odd}");

@@ -7,6 +7,7 @@ mod loading;
 mod preview;
 mod prompts;
 mod runs;
+mod start;
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
@@ -17,7 +18,7 @@ use crate::backend::{Backend, Device, Noise, Size2d};
 use crate::error::{Error, Result};
 use crate::image::{ImageSize, Picture};
 use crate::model::unet::TextKeyValues;
-use crate::model::{Decoder, TextEncoder, UNet};
+use crate::model::{Decoder, Encoder, TextEncoder, UNet};
 use crate::progress::{Event, Progress};
 use crate::rng;
 use crate::schedule::{Combination, Plan, Scheduler, SchedulerConfig, SchedulerKind, Source, Step};
@@ -25,10 +26,12 @@ use crate::tensor::{Tensor, program};
 use crate::tokenizer::Tokenizer;
 
 pub use crate::tokenizer::Syntax as PromptSyntax;
-pub use loading::{LoadOptions, Outline, default_size};
+pub use loading::{LoadOptions, Outline, default_size, inpaints};
 use preview::Preview;
 use prompts::Embeddings;
 pub use prompts::TextOptions;
+use start::Start;
+pub use start::{ImageMode, needs_mask};
 
 /// Version of the way from settings to pixels. Whoever changes pictures beyond the rounding in
 /// which kernels differ raises it: pictures of another version are not taken for those of this one.
@@ -48,6 +51,8 @@ pub struct Pipeline<T: Backend, U: Backend = T, V: Backend = T> {
     pub unet: UNet<U>,
     /// Latents to an image.
     pub vae: Decoder<V>,
+    /// An image to latents, where pictures begin with images.
+    pub encoder: Option<Encoder<V>>,
     /// Predictions to latents, where a request names no other scheduler.
     pub scheduler: Scheduler,
     scheduler_config: SchedulerConfig,
@@ -89,6 +94,8 @@ pub struct PictureRequest<'a> {
     pub guidance_scale: f64,
     /// Height and width in pixels, multiples of the VAE's scale factor.
     pub size: ImageSize,
+    /// What it begins with, other than noise.
+    pub image: Option<ImageMode<'a>>,
     /// Instead of the pipeline's scheduler.
     pub scheduler: Option<SchedulerKind>,
     /// Every so many steps an approximate picture is shown, if at all.
@@ -183,11 +190,12 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         }
         let size = self.latent_size(first.size)?;
         if first.preview_every.is_some() {
-            preview::check(self.unet.config.in_channels)?;
+            preview::check(self.unet.config.out_channels)?;
         }
+        self.check_mode(first)?;
         let plan = match first.scheduler {
-            Some(kind) => self.scheduler_config.for_scheduler(kind)?.plan(first.steps)?,
-            None => self.scheduler.plan(first.steps)?,
+            Some(kind) => start::plan(&self.scheduler_config.for_scheduler(kind)?, first)?,
+            None => start::plan(&self.scheduler, first)?,
         };
         let guidance = Guidance::new(first.guidance_scale);
         // (passes, tokens, hidden)
@@ -195,8 +203,9 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         let embeddings = embeddings.to_device::<U>(&self.devices.unet)?;
         let text = self.unet.text_key_values(&embeddings)?;
         let seeds: Vec<_> = requests.iter().map(|request| request.seed).collect();
-        let preview_every = first.preview_every;
-        let denoising = Denoising { size, guidance, text: &text, seeds: &seeds, preview_every };
+        let (image, preview_every) = (first.image, first.preview_every);
+        let (text, seeds) = (&text, &*seeds);
+        let denoising = Denoising { size, image, guidance, text, seeds, preview_every };
         self.denoise(&plan, &denoising, progress, observe)
     }
 
@@ -209,13 +218,13 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         progress: &dyn Progress,
         observe: &mut dyn FnMut(&Tensor<U>) -> Result<()>,
     ) -> Result<Tensor<U>> {
-        let &Denoising { size, guidance, text, seeds, preview_every } = denoising;
-        let shape = [1, self.unet.config.in_channels, size.height, size.width];
+        let &Denoising { size, image, guidance, text, seeds, preview_every } = denoising;
+        let shape = [1, self.unet.config.out_channels, size.height, size.width];
         let mut noise = NoiseStreams { seeds, drawn: 0 };
-        let mut sample = noise.draw::<U>(shape, &self.devices.unet)?;
-        if plan.start.noise != 1.0 {
-            sample = Tensor::linear_combination(&[(plan.start.noise, &sample)])?;
+        if image.is_some() {
+            progress.report(Event::Encoding);
         }
+        let Start { mut sample, kept, condition } = self.begin(plan, image, shape, &mut noise)?;
         observe(&sample)?;
         let mut stored: Vec<Option<Tensor<U>>> = vec![None; plan.slots()];
         let mut marks = VecDeque::new();
@@ -223,7 +232,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         progress.report(Event::Step { done: 0, total });
         for (index, step) in plan.steps.iter().enumerate() {
             progress.check()?;
-            let output = self.predict(&sample, step, guidance, text)?;
+            let output = self.predict(&sample, condition.as_ref(), step, guidance, text)?;
             let noise =
                 step.draws_noise().then(|| noise.draw(shape, &self.devices.unet)).transpose()?;
             let sources = Sources { sample: &sample, output: &output, noise, stored: &stored };
@@ -238,7 +247,10 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             for (store, value) in step.stores.iter().zip(stores) {
                 stored[store.slot] = Some(value);
             }
-            sample = next;
+            sample = match &kept {
+                Some(kept) => kept.put_back(&next, step.noised)?,
+                None => next,
+            };
             observe(&sample)?;
             let preview = original.as_ref().map(Preview::begin).transpose()?;
             marks.push_back((self.devices.unet.mark()?, preview));
@@ -278,6 +290,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
     fn predict(
         &self,
         sample: &Tensor<U>,
+        condition: Option<&Tensor<U>>,
         step: &Step,
         guidance: Guidance,
         text: &TextKeyValues<U>,
@@ -286,8 +299,11 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         if step.input_scale != 1.0 {
             input = Tensor::linear_combination(&[(step.input_scale, sample)])?;
         }
+        if let Some(condition) = condition {
+            input = Tensor::cat(&[&input, condition], 1)?;
+        }
         let timestep = Tensor::from_slice(&[step.timestep as f32], 1, &self.devices.unet)?;
-        let [pictures, channels, height, width] = sample.dims_exact()?;
+        let [pictures, channels, height, width] = input.dims_exact()?;
         let evaluate = |input: &Tensor<U>| {
             let name = format!("unet {}", self.unet.identity());
             let inputs = [vec![input, &timestep], text.tensors()].concat();
@@ -328,6 +344,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
 struct Denoising<'a, B> {
     /// Of the latents.
     size: Size2d,
+    image: Option<ImageMode<'a>>,
     guidance: Guidance,
     text: &'a TextKeyValues<B>,
     /// Of each picture.
@@ -358,10 +375,15 @@ struct NoiseStreams<'a> {
 }
 
 impl NoiseStreams<'_> {
+    /// Leaves a draw out.
+    fn skip(&mut self, shape: [usize; 4]) {
+        self.drawn += rng::outputs_consumed(shape.iter().product());
+    }
+
     /// (pictures, channels, height, width); `shape` is that of one picture.
     fn draw<B: Backend>(&mut self, shape: [usize; 4], device: &B::Device) -> Result<Tensor<B>> {
         let skip = self.drawn;
-        self.drawn += rng::outputs_consumed(shape.iter().product());
+        self.skip(shape);
         let draw = |&seed| Tensor::randn(Noise { seed, skip }, shape.to_vec(), DType::F32, device);
         let noise = self.seeds.iter().map(draw).collect::<Result<Vec<_>>>()?;
         match noise.as_slice() {

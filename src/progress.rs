@@ -64,6 +64,8 @@ pub enum Event<'a> {
         /// One pixel for each of the latents.
         picture: &'a Picture,
     },
+    /// A picture to begin with becomes latents.
+    Encoding,
     /// The last step is done; latents become pixels.
     Decoding,
     /// The pictures are in this process's memory.

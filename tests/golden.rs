@@ -29,7 +29,7 @@ fn goldens(model: &str, file: &str) -> HashMap<String, Golden> {
 
 pub fn load(model: &str, scheduler: Option<SchedulerKind>, device: &cpu::Device) -> Pipeline<Cpu> {
     let folder = Model::open(fixtures().join("models").join(model), None).unwrap();
-    let options = LoadOptions { dtype: DType::F32, variant: None, scheduler };
+    let options = LoadOptions { dtype: DType::F32, variant: None, scheduler, encodes: false };
     Pipeline::load(&folder, &options, Placement::whole(device), &Silent).unwrap()
 }
 
@@ -41,7 +41,7 @@ fn values(golden: &Golden) -> Vec<f32> {
     golden.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-fn upload(golden: &Golden, device: &cpu::Device) -> Tensor<Cpu> {
+pub fn upload(golden: &Golden, device: &cpu::Device) -> Tensor<Cpu> {
     Tensor::from_slice(&values(golden), golden.dims(), device).unwrap()
 }
 
@@ -167,6 +167,7 @@ impl Case {
             guidance_scale: self.guidance_scale,
             text: TextOptions::default(),
             size: self.size,
+            image: None,
             scheduler: None,
             preview_every: None,
         }

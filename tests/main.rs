@@ -7,6 +7,7 @@ mod faults;
 mod fuzzing;
 mod golden;
 mod hub;
+mod image_modes;
 mod kernel_paths;
 mod kernels;
 mod metadata;

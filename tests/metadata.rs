@@ -182,6 +182,7 @@ fn edited(path: &Path, edit: impl FnOnce(Picture) -> Picture) -> Vec<u8> {
         size: ImageSize { height: 1, width: 1 },
         model: String::new(),
         clip_skip: 0,
+        denoising_strength: None,
     };
     edit(Picture::from_opaque_file(&file).unwrap()).to_png(&parameters, &record).unwrap()
 }

@@ -6,7 +6,7 @@ use std::fs;
 
 use candle_core::{DType, Device, Tensor as Golden};
 use tempfile::TempDir;
-use tiny_sd::image::{FileFormat, ImageSize, Picture, PictureTexts};
+use tiny_sd::image::{FileFormat, ImageSize, Mask, Picture, PictureTexts};
 
 use super::golden::{fixtures, psnr};
 use super::metadata::{ends_with, json, run};
@@ -76,6 +76,20 @@ fn a_picture_in_another_size_is_pillows_to_the_byte() {
         let found = before.resized(expected.size()).unwrap();
         assert!(found == expected, "{case}: {found:?} of {before:?}");
     }
+}
+
+#[test]
+fn a_mask_is_diffusers_and_as_large_as_the_latents_torchs() {
+    let goldens = goldens();
+    let size = ImageSize { height: 48, width: 64 };
+    let mask = Mask::of_picture(&picture(&goldens["mask.from"]), size).unwrap();
+    let found: Vec<u8> = mask.pixels().iter().copied().map(u8::from).collect();
+    assert_eq!(found, bytes(&goldens["mask.to"]));
+    let latents = mask.of_latents(8).unwrap();
+    assert_eq!(latents.size(), ImageSize { height: 6, width: 8 });
+    let found: Vec<u8> = latents.pixels().iter().copied().map(u8::from).collect();
+    assert_eq!(found, bytes(&goldens["mask.latents"]));
+    assert!(mask.of_latents(7).is_err() && mask.of_latents(0).is_err());
 }
 
 #[test]

@@ -89,6 +89,7 @@ impl Case {
             steps: self.steps,
             guidance_scale: 7.5,
             size: ImageSize { height: 64, width: 64 },
+            image: None,
             scheduler: None,
             preview_every: None,
         }
@@ -168,6 +169,7 @@ fn pictures_of_prompts_of_different_lengths_made_together_are_those_made_alone()
         steps: 2,
         guidance_scale: 7.5,
         size: ImageSize { height: 64, width: 64 },
+        image: None,
         scheduler: None,
         preview_every: std::num::NonZeroUsize::new(1),
     };

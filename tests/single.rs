@@ -133,7 +133,8 @@ fn a_model_in_one_file_has_the_very_weights_of_its_folder() {
         }
         assert_eq!(hash(&file), hash(&folder));
         let device = cpu::Device::with_threads(2).unwrap();
-        let options = LoadOptions { dtype: DType::F32, variant: None, scheduler: None };
+        let options =
+            LoadOptions { dtype: DType::F32, variant: None, scheduler: None, encodes: false };
         let placement = Placement::whole(&device);
         let pipeline = Pipeline::<cpu::Storage>::load(&file, &options, placement, &Silent).unwrap();
         let case = cases(name).remove("base").unwrap();

@@ -23,6 +23,7 @@ fn requests(steps: usize, guidance_scale: f64) -> Vec<PictureRequest<'static>> {
         guidance_scale,
         text: TextOptions::default(),
         size: ImageSize { height: 72, width: 40 },
+        image: None,
         scheduler: None,
         preview_every: None,
     };

@@ -10,7 +10,7 @@ use clap::{ArgAction, Parser};
 use super::device::DevicePlan;
 use super::model::{HubName, ModelSource};
 use super::values::{
-    BatchSize, ClipSkip, Count, DtypeChoice, GuidanceScale, Side, Steps, Verbosity,
+    BatchSize, ClipSkip, Count, DtypeChoice, GuidanceScale, Side, Steps, Strength, Verbosity,
 };
 use crate::pipeline::PromptSyntax;
 use crate::schedule::SchedulerKind;
@@ -99,6 +99,24 @@ pub(super) struct PictureArgs {
     #[arg(short, long, value_name = "X", default_value = "7.5", allow_negative_numbers = true)]
     #[arg(alias = "cfg-scale")]
     pub guidance_scale: GuidanceScale,
+
+    /// A picture to begin with: a PNG, JPEG or WebP
+    ///
+    /// It is resized to --width and --height, which are its own, rounded down to multiples of 8,
+    /// where they are not given.
+    #[arg(short, long, value_name = "PICTURE")]
+    pub image: Option<PathBuf>,
+
+    /// What of --image is painted: white is, black stays
+    ///
+    /// Models with an inpainting UNet see it; with others the rest is put back after every step.
+    #[arg(long, value_name = "PICTURE", alias = "mask-image")]
+    pub mask: Option<PathBuf>,
+
+    /// How far from --image, 0 to 1: so much of the steps [default: 0.8, with --mask 1]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    #[arg(alias = "denoising-strength")]
+    pub strength: Option<Strength>,
 
     /// Width in pixels, a multiple of 8 up to 4096 [default: the model's own]
     #[arg(short = 'W', long, value_name = "PIXELS", allow_negative_numbers = true)]
@@ -256,6 +274,9 @@ Examples:
   tiny-sd \"a fox\" --steps 50
   tiny-sd \"a fox\" -g 5                           --guidance-scale
   tiny-sd \"a fox\" -W 768 -H 512                  --width, --height
+  tiny-sd \"a fox\" --image sketch.jpg            begins with a picture
+  tiny-sd \"a fox\" -i sketch.jpg --strength 0.5   nearer to it
+  tiny-sd \"a hat\" -i fox.png --mask head.png     only where the mask is white
   tiny-sd \"a fox\" --scheduler euler-a
   tiny-sd \"a fox\" --clip-skip 1                  what others call \"Clip skip: 2\"
   tiny-sd \"a fox\" --dtype f32 --device cpu --threads 8

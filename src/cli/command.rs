@@ -1,5 +1,8 @@
-//! The words that are commands. Separate because a prompt may be any word: this is
-//! the one place that decides which lone words are asked about instead of being painted.
+//! The words that are commands, and what is wrong with a command line in one. Separate because a
+//! prompt may be any word: this is the one place that decides which lone words are asked about
+//! instead of being painted.
+
+use clap::error::ContextKind;
 
 use crate::error::{Error, Result};
 
@@ -48,6 +51,31 @@ fn is_near(word: &str, command: &str) -> bool {
         ([a0, a1, rest_a @ ..], [b0, b1, rest_b @ ..]) => a0 == b1 && a1 == b0 && rest_a == rest_b,
         _ => false,
     }
+}
+
+/// clap's message without the usage that follows it, on one line.
+pub(super) fn usage(error: &clap::Error) -> Error {
+    let text = error.to_string();
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let lines =
+        lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
+    let mut message = String::new();
+    for line in lines {
+        let line = line.strip_prefix("error: ").unwrap_or(line);
+        let separator = match line.strip_prefix("tip: ") {
+            _ if message.is_empty() => "",
+            Some(_) => "; ",
+            None => " ",
+        };
+        message.push_str(separator);
+        message.push_str(line.strip_prefix("tip: ").unwrap_or(line));
+    }
+    let value = error.get(ContextKind::InvalidValue).map(ToString::to_string);
+    let source = match std::env::var("TINY_SD_MODEL").ok() {
+        Some(model) if Some(&model) == value.as_ref() => " (which TINY_SD_MODEL says)",
+        Some(_) | None => "",
+    };
+    Error::usage(format!("{message}{source}; see tiny-sd --help"))
 }
 
 #[cfg(test)]

@@ -11,11 +11,12 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 
 use super::args::Args;
 use super::books;
+use super::command::usage;
 use super::device::DevicePlan;
 use super::display::Display;
 use super::from;
 use super::interrupt;
-use super::job::{self, Job, Request, usage};
+use super::job::{self, Job, Request};
 use super::paint::picture_request;
 use super::painter::{self, Wanted};
 use super::places::{OnBackend, Place, Places};
@@ -229,13 +230,19 @@ impl Run<'_> {
     fn paint<A: Backend, B: Backend>(&self, device: &twin::Device<A, B>) -> Result<()> {
         let (job, watch) = (self.job, &self.watch);
         let dtype = job.dtype.or(device.default_dtype());
-        let options =
-            LoadOptions { dtype, variant: self.variant.clone(), scheduler: job.scheduler };
+        let options = LoadOptions {
+            dtype,
+            variant: self.variant.clone(),
+            scheduler: job.scheduler,
+            encodes: job.image.is_some(),
+        };
         let devices = Placement::<twin::Storage<A, B>>::whole(device);
         let pipeline = Pipeline::load(&self.model, &options, devices, watch)?;
         watch.display.begin(format!("seed {}", job.seed));
         *watch.stage() = Stage::Text;
-        let request = picture_request(job, job.seed, pipeline.default_size());
+        let size = job.picture_size(pipeline.default_size());
+        let images = job.image.as_ref().map(|image| image.load(size)).transpose()?;
+        let request = picture_request(job, job.seed, size, images.as_ref())?;
         pipeline.paint(&request, watch).map(drop)
     }
 }
@@ -253,6 +260,8 @@ enum Stage {
     Loading,
     /// The prompt is read.
     Text,
+    /// A picture to begin with becomes latents.
+    Encoding,
     /// The latents are denoised, in so many steps.
     Denoising { steps: usize },
     /// The latents become pixels.
@@ -273,6 +282,7 @@ impl Watch<'_> {
             Stage::Denoising { steps } => {
                 format!("step {} of {steps}, the UNet or the scheduler", marks.saturating_add(1))
             }
+            Stage::Encoding => "the VAE's encoder, or the first sample".into(),
             Stage::Decoding => "the VAE's decoder".into(),
         };
         let text = error.map(Error::to_string).unwrap_or_default();
@@ -287,6 +297,7 @@ impl Progress for Watch<'_> {
     fn report(&self, event: Event<'_>) {
         match event {
             Event::Step { done: 0, total } => *self.stage() = Stage::Denoising { steps: total },
+            Event::Encoding => *self.stage() = Stage::Encoding,
             Event::Decoding => *self.stage() = Stage::Decoding,
             Event::Downloading { .. }
             | Event::Queued { .. }

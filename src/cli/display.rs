@@ -193,6 +193,15 @@ impl Display {
         }
     }
 
+    /// A stage begins that does not say how far it is.
+    fn busy(&self, name: &str) {
+        let mut state = self.state();
+        clear(&mut state);
+        self.stage(&mut state, Some(name));
+        let bar = self.bar(&mut state, name, None, BUSY);
+        bar.enable_steady_tick(Duration::from_millis(200));
+    }
+
     /// Ends the stage before and, with `-v`, says how long it took.
     fn stage(&self, state: &mut State, name: Option<&str>) {
         if state.stage.as_ref().map(|stage| stage.name.as_str()) == name {
@@ -223,13 +232,8 @@ impl Progress for Display {
             Event::Step { done, total } => self.step(done, total),
             // A file, which is not drawn here.
             Event::Preview { .. } => {}
-            Event::Decoding => {
-                let mut state = self.state();
-                clear(&mut state);
-                self.stage(&mut state, Some("decoding"));
-                let bar = self.bar(&mut state, "decoding", None, BUSY);
-                bar.enable_steady_tick(Duration::from_millis(200));
-            }
+            Event::Encoding => self.busy("encoding"),
+            Event::Decoding => self.busy("decoding"),
             Event::Done => {
                 let mut state = self.state();
                 clear(&mut state);

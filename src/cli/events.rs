@@ -337,7 +337,7 @@ impl Progress for Teller<'_> {
             }
             // Told by whoever knows its file.
             From::Preview { .. } => {}
-            From::Decoding | From::Done => {}
+            From::Encoding | From::Decoding | From::Done => {}
         }
         self.progress.report(event);
     }

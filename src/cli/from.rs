@@ -8,11 +8,12 @@ use clap::ArgMatches;
 use clap::parser::ValueSource;
 
 use super::args::Args;
+use super::inputs::{Inputs, read_picture};
 use super::model::ModelSource;
-use super::settings::{ModelRecord, Settings};
-use super::surroundings::{At, Surroundings};
+use super::settings::{FileRecord, ModelRecord, Settings};
+use super::surroundings::Surroundings;
 use crate::error::{Error, Result};
-use crate::image::{Infotext, MAX_PICTURE_BYTES, PictureTexts};
+use crate::image::{Infotext, PictureTexts};
 use crate::pipeline::PromptSyntax;
 use crate::schedule::SchedulerKind;
 
@@ -53,24 +54,6 @@ const KNOWN_VALUES: [&str; 13] = [
     "Eta",
 ];
 
-/// The bytes of a picture's file.
-///
-/// # Errors
-/// If it cannot be read or is too large; the caller names it.
-pub(super) fn read_picture(path: &Path, surroundings: &dyn Surroundings) -> Result<Vec<u8>> {
-    match surroundings.at(path) {
-        At::Nothing => return Err(Error::other("there is no such file")),
-        At::Folder => return Err(Error::other("it is a folder, not a picture")),
-        At::File | At::Device => {}
-    }
-    let bytes = surroundings.read_file(path, MAX_PICTURE_BYTES);
-    let bytes = bytes.map_err(|error| Error::other(error.to_string()))?;
-    if bytes.len() > MAX_PICTURE_BYTES {
-        return Err(Error::other(format!("it is larger than {MAX_PICTURE_BYTES} bytes")));
-    }
-    Ok(bytes)
-}
-
 /// Fills in what `--from` says, if it is there, where the user gave no flag; returns what the user
 /// should know.
 ///
@@ -98,13 +81,15 @@ fn fill_in_from(
     let mut filling = Filling { args, is_given };
     match (&texts.record, &texts.parameters) {
         (Some(record), _) => {
-            filling.take_record(&Settings::from_json(record)?)?;
-            Ok(Vec::new())
+            let settings = Settings::from_json(record)?;
+            filling.take_record(&settings)?;
+            Ok(Inputs::new(surroundings).changed(&settings, is_given))
         }
         (None, Some(text)) if !text.trim().is_empty() => {
             let found = Infotext::parse(text);
             filling.take_infotext(&found)?;
-            Ok(note(&found).map(|note| format!("{}: {note}", path.display())).into_iter().collect())
+            let note = note(&found, filling.has_image());
+            Ok(note.map(|note| format!("{}: {note}", path.display())).into_iter().collect())
         }
         (None, Some(_) | None) => Err(Error::usage("it says nothing about how it was made")),
     }
@@ -140,6 +125,7 @@ impl Filling<'_> {
         self.take("width", width, |args, side| args.picture.width = Some(side))?;
         self.take("height", height, |args, side| args.picture.height = Some(side))?;
         self.take("dtype", dtype, |args, dtype| args.model.dtype = dtype)?;
+        self.take_images(settings)?;
         let is_its_model = self.take_model(&settings.model)?;
         if !(self.is_given)("scheduler") {
             // The model's own stays the model's own.
@@ -169,6 +155,11 @@ impl Filling<'_> {
         if let Some(seed) = found.get("Seed") {
             self.take("seed", seed, |args, seed| args.picture.seed = Some(seed))?;
         }
+        if let Some(strength) = found.get("Denoising strength").filter(|_| self.has_image()) {
+            self.take("strength", strength, |args, strength| {
+                args.picture.strength = Some(strength);
+            })?;
+        }
         if let Some((width, height)) = found.get("Size").and_then(|size| size.split_once('x')) {
             self.take("width", width, |args, side| args.picture.width = Some(side))?;
             self.take("height", height, |args, side| args.picture.height = Some(side))?;
@@ -183,6 +174,32 @@ impl Filling<'_> {
         }
         if let Some(sampler) = found.get("Sampler").filter(|_| !(self.is_given)("scheduler")) {
             self.args.picture.scheduler = Some(scheduler(sampler, found.get("Schedule type"))?);
+        }
+        Ok(())
+    }
+
+    fn has_image(&self) -> bool {
+        self.args.picture.image.is_some()
+    }
+
+    /// Takes the pictures of a record, unless the user gave one: then its mask says nothing.
+    fn take_images(&mut self, settings: &Settings) -> Result<()> {
+        let Settings { image, mask_image, strength, .. } = settings;
+        if !(self.is_given)("image") {
+            let path = |file: &Option<FileRecord>| -> Result<_> {
+                let Some(file) = file else { return Ok(None) };
+                check_local("image", &file.path)?;
+                Ok(Some(PathBuf::from(&file.path)))
+            };
+            self.args.picture.image = path(image)?;
+            if !(self.is_given)("mask") {
+                self.args.picture.mask = path(mask_image)?;
+            }
+        }
+        if let Some(strength) = strength {
+            self.take("strength", strength, |args, strength| {
+                args.picture.strength = Some(strength);
+            })?;
         }
         Ok(())
     }
@@ -202,11 +219,9 @@ impl Filling<'_> {
         if (self.is_given)("model") {
             return Ok(false);
         }
-        // A name that Windows would send credentials to is no folder of anybody's.
-        let is_share = |path: &str| path.starts_with(r"\\") || path.starts_with("//");
-        if is_share(&model.source) || model.config.as_deref().is_some_and(is_share) {
-            let text = "its model is on another machine; --model says where it is here";
-            return Err(Error::usage(text));
+        check_local("model", &model.source)?;
+        if let Some(config) = &model.config {
+            check_local("config", config)?;
         }
         let source: ModelSource = value("model", &model.source)?;
         let name = |id: &str, name: &Option<String>| {
@@ -238,6 +253,17 @@ impl Filling<'_> {
             put(self.args, value(id, &text.to_string())?);
         }
         Ok(())
+    }
+}
+
+/// Whether a name is one of this machine's: Windows would send credentials to others, and to name a
+/// picture's file is no reason to.
+fn check_local(flag: &str, name: &str) -> Result<()> {
+    match name.starts_with(r"\\") || name.starts_with("//") {
+        true => Err(Error::usage(format!(
+            "its {flag} is on another machine; --{flag} says where it is here"
+        ))),
+        false => Ok(()),
     }
 }
 
@@ -284,12 +310,14 @@ fn scheduler(sampler: &str, schedule: Option<&str>) -> Result<SchedulerKind> {
 }
 
 /// What of another program's picture stays behind.
-fn note(found: &Infotext) -> Option<String> {
+fn note(found: &Infotext, has_image: bool) -> Option<String> {
     const MOST_SHOWN: usize = 8;
     if is_ours(found) {
         return None;
     }
-    let unused = found.values.iter().filter(|(name, _)| !KNOWN_VALUES.contains(&name.as_str()));
+    let is_used =
+        |name: &str| KNOWN_VALUES.contains(&name) || has_image && name == "Denoising strength";
+    let unused = found.values.iter().filter(|(name, _)| !is_used(name));
     let unused: Vec<_> = unused.map(|(name, value)| format!("{name}: {value}")).collect();
     let mut notes = Vec::new();
     if found.get("RNG") != Some("CPU") {
@@ -311,9 +339,9 @@ fn is_ours(found: &Infotext) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::Job;
     use crate::cli::job::tests::{Fake, job_of, parse_words};
     use crate::cli::settings::tests::settings;
+    use crate::cli::{At, Job};
     use crate::cli::{DtypeChoice, Request};
     use crate::image::{ImageSize, Parameters, Picture};
 
@@ -333,6 +361,7 @@ mod tests {
             size: ImageSize { height: 1, width: 1 },
             model: String::new(),
             clip_skip: 0,
+            denoising_strength: None,
         };
         picture().to_png(&parameters, record).unwrap()
     }

@@ -14,29 +14,34 @@ use crate::weights::{Model, UsedTensors, Variant, config_hash};
 pub(super) struct Identity {
     /// Of the weights.
     pub weights_hash: String,
+    /// Of the VAE's encoder, if it is in use.
+    pub encoder_hash: Option<String>,
     /// Of the configurations and the tokenizer.
     pub config_hash: String,
 }
 
 impl Identity {
-    /// Of a model on disk. Digests of weights that earlier runs computed are not computed
-    /// again while their files are the same.
+    /// Of a model on disk, which encodes images or not. Digests of weights that earlier runs
+    /// computed are not computed again while their files are the same.
     ///
     /// # Errors
     /// If a file cannot be read.
-    pub fn of(model: &Model, variant: Option<&Variant>) -> Result<Self> {
+    pub fn of(model: &Model, variant: Option<&Variant>, encodes: bool) -> Result<Self> {
         let now = SystemTime::now();
         let tensors = UsedTensors::open(model, variant)?;
-        let stored = tensors.as_stored();
+        let encoder = encodes.then(|| UsedTensors::of_encoder(model, variant)).transpose()?;
+        let mut stored = tensors.as_stored();
+        stored.extend(encoder.iter().flat_map(UsedTensors::as_stored));
         let digests = Digests::of_user();
         if let Some(digests) = &digests {
             digests.recall(&stored);
         }
         let weights_hash = tensors.hash();
+        let encoder_hash = encoder.as_ref().map(UsedTensors::hash);
         if let Some(digests) = &digests {
             digests.keep(&stored, now);
         }
-        Ok(Self { weights_hash, config_hash: config_hash(model)? })
+        Ok(Self { weights_hash, encoder_hash, config_hash: config_hash(model)? })
     }
 }
 
@@ -51,8 +56,8 @@ impl Pending {
     ///
     /// # Errors
     /// If no thread can be started.
-    pub fn begin(model: Model, variant: Option<Variant>) -> Result<Self> {
-        let work = move || Identity::of(&model, variant.as_ref());
+    pub fn begin(model: Model, variant: Option<Variant>, encodes: bool) -> Result<Self> {
+        let work = move || Identity::of(&model, variant.as_ref(), encodes);
         let thread = std::thread::Builder::new().name("identity".into()).spawn(work);
         let thread =
             thread.map_err(|error| Error::other(format!("cannot start a thread: {error}")))?;

@@ -9,14 +9,15 @@ use std::path::{Path, PathBuf};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use serde_json::{Value, json};
 
+use super::command::usage;
 use super::display::Display;
-use super::from::read_picture;
 use super::identity::Identity;
+use super::inputs::read_picture;
 use super::interrupt;
-use super::job::{Request, usage};
+use super::job::Request;
 use super::model::{HubName, ModelSource};
 use super::painter::{self, Wanted};
-use super::settings::Settings;
+use super::settings::{FileRecord, Settings};
 use super::surroundings::{At, Process, Surroundings};
 use super::values::Verbosity;
 use crate::error::{Error, Result};
@@ -231,6 +232,11 @@ fn record_lines(record: &Settings, text: &mut String) {
     line(text, "steps", record.steps);
     line(text, "guidance scale", record.guidance_scale);
     line(text, "size", format!("{}x{}", record.width, record.height));
+    for (name, file) in [("image", &record.image), ("mask", &record.mask_image)] {
+        let shown = |file: &FileRecord| format!("{} ({})", file.path, file.hash);
+        file.iter().for_each(|file| line(text, name, shown(file)));
+    }
+    record.strength.iter().for_each(|strength| line(text, "strength", strength));
     let whose = if record.scheduler.is_none() { ", the model's own" } else { "" };
     line(text, "scheduler", format!("{}{whose}", record.resolved_scheduler));
     line(text, "dtype", &record.dtype);
@@ -239,6 +245,7 @@ fn record_lines(record: &Settings, text: &mut String) {
         value.iter().for_each(|value| line(text, name, value));
     }
     line(text, "weights hash", &model.weights_hash);
+    model.encoder_hash.iter().for_each(|hash| line(text, "encoder hash", hash));
     line(text, "config hash", &model.config_hash);
     line(text, "device", &record.device);
     record.kernel_path.iter().for_each(|path| line(text, "kernels", path));
@@ -257,7 +264,8 @@ fn model(job: &InfoJob, source: &ModelSource) -> Result<Found> {
     let (folder, variant) = painter::model(&wanted, &Display::new(Verbosity::Quiet))?;
     let parts = Component::ALL.map(|component| Part::of(&folder, component, variant.as_ref()));
     let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
-    let Identity { weights_hash, config_hash } = Identity::of(&folder, variant.as_ref())?;
+    let Identity { weights_hash, config_hash, .. } =
+        Identity::of(&folder, variant.as_ref(), false)?;
     let scheduler_config = folder.scheduler_config()?;
     let scheduler = SchedulerConfig::parse(&scheduler_config).and_then(|config| config.scheduler());
     let scheduler = scheduler.map(|scheduler| scheduler.kind().name());

@@ -6,16 +6,16 @@ use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use clap::error::ContextKind;
 use clap::{CommandFactory, FromArgMatches};
 
 use super::args::{Args, ModelArgs, PictureArgs, RunArgs};
 use super::batch::{self, BatchJob};
-use super::command::{self, Word};
+use super::command::{self, Word, usage};
 use super::compare::{self, CompareJob};
 use super::device::DevicePlan;
 use super::from;
 use super::info::{self, InfoJob};
+use super::inputs::{ImageRequest, Inputs};
 use super::model::{HubName, ModelSource};
 use super::output::OutputPlan;
 use super::prompt::{check, given_prompt, prompt_of_stdin};
@@ -59,6 +59,8 @@ pub struct Job {
     pub guidance_scale: GuidanceScale,
     /// Height and width as far as the user chose them.
     pub size: SizeRequest,
+    /// A picture to begin with.
+    pub image: Option<ImageRequest>,
     /// The scheduler, if not the model's own.
     pub scheduler: Option<SchedulerKind>,
     /// Number type of the computation.
@@ -173,7 +175,8 @@ pub(super) fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result
         ));
     }
     let seed = picture.seed.unwrap_or_else(|| surroundings.random_seed());
-    let choice = Choice { seed, output, device };
+    let image = Inputs::new(surroundings).request(&picture)?;
+    let choice = Choice { seed, output, device, image };
     let mut job = Job::new(picture, &model, &run, choice)?;
     // Last, so that nothing is waited for before an error that was there all along.
     job.prompt = match prompt {
@@ -192,6 +195,8 @@ pub(super) struct Choice {
     pub output: OutputPlan,
     /// Where they are computed.
     pub device: DevicePlan,
+    /// What they begin with, other than noise.
+    pub image: Option<ImageRequest>,
 }
 
 impl Job {
@@ -209,7 +214,7 @@ impl Job {
         picture: PictureArgs,
         model: &ModelArgs,
         run: &RunArgs,
-        Choice { seed, output, device }: Choice,
+        Choice { seed, output, device, image }: Choice,
     ) -> Result<Self> {
         let prompt = picture.prompt.unwrap_or_default();
         check("the prompt", &prompt, picture.prompt_syntax)?;
@@ -236,6 +241,7 @@ impl Job {
             steps: picture.steps,
             guidance_scale: picture.guidance_scale,
             size: SizeRequest { height: picture.height, width: picture.width },
+            image,
             scheduler: picture.scheduler,
             dtype: model.dtype,
             device,
@@ -283,31 +289,6 @@ fn check_model(args: &ModelArgs) -> Result<()> {
     Ok(())
 }
 
-/// clap's message without the usage that follows it, on one line.
-pub(super) fn usage(error: &clap::Error) -> Error {
-    let text = error.to_string();
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let lines =
-        lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
-    let mut message = String::new();
-    for line in lines {
-        let line = line.strip_prefix("error: ").unwrap_or(line);
-        let separator = match line.strip_prefix("tip: ") {
-            _ if message.is_empty() => "",
-            Some(_) => "; ",
-            None => " ",
-        };
-        message.push_str(separator);
-        message.push_str(line.strip_prefix("tip: ").unwrap_or(line));
-    }
-    let value = error.get(ContextKind::InvalidValue).map(ToString::to_string);
-    let source = match std::env::var("TINY_SD_MODEL").ok() {
-        Some(model) if Some(&model) == value.as_ref() => " (which TINY_SD_MODEL says)",
-        Some(_) | None => "",
-    };
-    Error::usage(format!("{message}{source}; see tiny-sd --help"))
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use super::super::device::DeviceSpec;
@@ -347,6 +328,7 @@ pub(super) mod tests {
             steps: "25".parse().unwrap(),
             guidance_scale: "7.5".parse().unwrap(),
             size: SizeRequest::default(),
+            image: None,
             scheduler: None,
             dtype: DtypeChoice::Auto,
             device: DevicePlan::whole(DeviceSpec::Auto),

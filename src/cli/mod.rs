@@ -15,6 +15,7 @@ mod files;
 mod from;
 mod identity;
 mod info;
+mod inputs;
 mod interrupt;
 mod job;
 mod model;
@@ -39,15 +40,18 @@ pub use compare::{CompareJob, compare};
 pub use device::{DevicePlan, DeviceSpec};
 pub use events::{Event, PictureName, SCHEMA_VERSION};
 pub use info::{InfoJob, tell};
+pub use inputs::{ImageRequest, InputFile};
 pub use job::{Job, Request, parse};
 pub use model::{HubName, ModelSource};
 pub use output::{OutputPlan, Target};
 pub use painter::open;
 pub use prompt::MAX_PROMPT_BYTES;
 pub use run::{OpenPainter, Painter, run};
-pub use settings::{ModelRecord, Provenance, Settings};
+pub use settings::{FileRecord, ModelRecord, Provenance, Settings};
 pub use surroundings::{At, Process, Surroundings};
-pub use values::{Count, DtypeChoice, GuidanceScale, Side, SizeRequest, Steps, Verbosity};
+pub use values::{
+    Count, DtypeChoice, GuidanceScale, Side, SizeRequest, Steps, Strength, Verbosity,
+};
 pub use verify::{VerifyJob, verify};
 pub use worker::{WorkerJob, work};
 

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use super::events::Teller;
+use super::inputs::{ImageRequest, LoadedImages};
 use super::job::Job;
 use super::output::Target;
 use super::previews::Previews;
@@ -40,6 +41,25 @@ pub(super) struct Finished {
     pub settings: Settings,
 }
 
+impl Job {
+    /// Height and width of its pictures, on a model that was trained for `default`.
+    pub(super) fn picture_size(&self, default: ImageSize) -> ImageSize {
+        self.size.or(self.image.as_ref().map_or(default, ImageRequest::size))
+    }
+
+    /// Whether its pictures can be made together with another job's, on a model that was trained
+    /// for `default`: what it is of pictures, with the images that nobody has read yet.
+    pub(super) fn goes_with(&self, other: &Self, default: ImageSize) -> bool {
+        let request = |job| picture_request(job, 0, self.picture_size(default), None);
+        let are_alike = match (request(self), request(other)) {
+            (Ok(one), Ok(other)) => one.goes_with(&other),
+            (Err(_), _) | (_, Err(_)) => false,
+        };
+        let is_same_size = self.picture_size(default) == other.picture_size(default);
+        is_same_size && self.image == other.image && are_alike
+    }
+}
+
 /// Paints pictures that go together, and says in each how it was made.
 ///
 /// # Errors
@@ -50,9 +70,14 @@ pub(super) fn paint(
     teller: &Teller<'_>,
 ) -> Result<Vec<Finished>> {
     let default = painter.default_size();
-    let requests: Vec<_> =
-        orders.iter().map(|order| picture_request(order.job, order.seed, default)).collect();
-    let size = requests.first().map_or(default, |first| first.size);
+    // What goes together has the same size and images.
+    let size = orders.first().map_or(default, |first| first.job.picture_size(default));
+    let images = orders.first().and_then(|first| first.job.image.as_ref());
+    let images = images.map(|images| images.load(size)).transpose()?;
+    let requests = orders
+        .iter()
+        .map(|order| picture_request(order.job, order.seed, size, images.as_ref()))
+        .collect::<Result<Vec<_>>>()?;
     let tell = |index, step, file: &Path| teller.preview(index, step, &file.to_string_lossy());
     let targets = orders.iter().map(|order| order.preview.clone());
     let previews = Previews::new(teller, size, targets, &tell);
@@ -74,6 +99,7 @@ pub(super) fn paint(
             size: picture.size(),
             model: job.model.short_name(),
             clip_skip: job.clip_skip.get(),
+            denoising_strength: job.image.as_ref().map(|image| image.strength),
         };
         let settings = Settings::new(job, seed, picture.size(), provenance.clone());
         let file = picture.to_file(format, &parameters, &settings.to_json())?;
@@ -82,17 +108,26 @@ pub(super) fn paint(
     orders.iter().zip(&requests).zip(&painted).map(finish).collect()
 }
 
-/// One of the job's pictures, on a model that was trained for `size`.
-pub(super) fn picture_request(job: &Job, seed: u64, size: ImageSize) -> PictureRequest<'_> {
-    PictureRequest {
+/// One of the job's pictures, of `size`, and what it begins with.
+///
+/// # Errors
+/// If the images do not fit each other.
+pub(super) fn picture_request<'a>(
+    job: &'a Job,
+    seed: u64,
+    size: ImageSize,
+    images: Option<&'a LoadedImages>,
+) -> Result<PictureRequest<'a>> {
+    Ok(PictureRequest {
         prompt: &job.prompt,
         negative_prompt: &job.negative_prompt,
         text: TextOptions { syntax: job.prompt_syntax, clip_skip: job.clip_skip.get() },
         seed,
         steps: job.steps.get(),
         guidance_scale: job.guidance_scale.get(),
-        size: job.size.or(size),
+        size,
+        image: images.map(LoadedImages::mode).transpose()?,
         scheduler: job.scheduler,
         preview_every: job.preview,
-    }
+    })
 }

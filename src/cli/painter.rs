@@ -15,7 +15,7 @@ use super::run::Painter;
 use crate::backend::{Backend, Device as _};
 use crate::error::{Kind, Result};
 use crate::image::{ImageSize, Picture};
-use crate::pipeline::{LoadOptions, PictureRequest, Pipeline, Placement};
+use crate::pipeline::{self, LoadOptions, PictureRequest, Pipeline, Placement};
 use crate::progress::{Event, Progress};
 use crate::schedule::SchedulerKind;
 use crate::weights::hub::{self, Hub, HubOptions, Repository, Revision};
@@ -27,8 +27,10 @@ use crate::weights::{Component, Model, Variant, choose, config_files, json};
 /// If the model cannot be had or is not covered, or the device is not there.
 pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
     let (model, variant) = model(&Wanted::of(job), progress)?;
+    check_mode(pipeline::inpaints(&model)?, job)?;
     let plan = job.device.resolve()?;
-    let identify = || Pending::begin(model.clone(), variant.clone());
+    let encodes = job.image.is_some();
+    let identify = || Pending::begin(model.clone(), variant.clone(), encodes);
     open_on(job, &model, variant.as_ref(), &plan, &identify, progress)
 }
 
@@ -54,6 +56,18 @@ pub(super) fn open_on(
     watch.begin(None);
     let (identity, device) = (identify()?, device.to_string());
     Ok(Box::new(PlacedPainter { painter, places, identity, device, keeps_books: job.stats }))
+}
+
+/// Whether a model, of which it is known whether it `inpaints`, makes what the job asks for.
+///
+/// # Errors
+/// If it paints into pictures, and the job has none.
+pub(super) fn check_mode(inpaints: bool, job: &Job) -> Result<()> {
+    let has_mask = job.image.as_ref().is_some_and(|image| image.mask.is_some());
+    match !has_mask && inpaints {
+        true => Err(pipeline::needs_mask()),
+        false => Ok(()),
+    }
 }
 
 /// Which model is asked for.
@@ -149,7 +163,8 @@ impl<T: Backend, U: Backend> OnBackend for WithVae<'_, T, U> {
     fn run<V: Backend>(self, vae: V::Device) -> Self::Output {
         let Self { text, unet, load: Load { model, variant, job, progress } } = self;
         let dtype = job.dtype.or(unet.default_dtype());
-        let options = LoadOptions { dtype, variant: variant.cloned(), scheduler: job.scheduler };
+        let (variant, scheduler) = (variant.cloned(), job.scheduler);
+        let options = LoadOptions { dtype, variant, scheduler, encodes: job.image.is_some() };
         let kernel_paths = [text.kernel_path(), unet.kernel_path(), vae.kernel_path()];
         let devices = Placement::<T, U, V> { text, unet, vae };
         let pipeline = Pipeline::load(model, &options, devices, progress)?;

@@ -158,7 +158,7 @@ impl Progress for Watch<'_> {
                 self.begin(Some("unet"));
                 self.note(|books| books.add_steps(total));
             }
-            Event::Decoding => self.begin(Some("vae")),
+            Event::Encoding | Event::Decoding => self.begin(Some("vae")),
             Event::Done => self.begin(None),
             Event::Downloading { .. }
             | Event::Queued { .. }
@@ -235,11 +235,12 @@ impl Painter for PlacedPainter {
     }
 
     fn provenance(&mut self) -> Result<Provenance> {
-        let Identity { weights_hash, config_hash } = self.identity.wait()?;
+        let Identity { weights_hash, encoder_hash, config_hash } = self.identity.wait()?;
         Ok(Provenance {
             scheduler: self.painter.scheduler().name().into(),
             dtype: self.painter.dtype().as_str().into(),
             weights_hash,
+            encoder_hash,
             config_hash,
             device: self.device.clone(),
             kernel_path: self.painter.kernel_path(),

@@ -85,8 +85,12 @@ fn run_told(job: &Job, open: &mut OpenPainter<'_>, stream: &Stream) -> Result<()
     let device = job.device.resolve()?.to_string();
     let teller = Teller { stream, device: &device, pictures: &[], progress: &display };
     job.notes.iter().for_each(|note| teller.report(Event::Warning(note)));
+    if let Some(images) = &job.image {
+        // Its size is known without a model, and damage is to be found before one is loaded.
+        images.load(job.picture_size(images.size()))?;
+    }
     let mut painter = open(job, &teller)?;
-    let together = job.batch_size.or(AUTO_PIXELS, job.size.or(painter.default_size()));
+    let together = job.batch_size.or(AUTO_PIXELS, job.picture_size(painter.default_size()));
     let pictures: Vec<_> = pictures(job).collect();
     for pictures in pictures.chunks(together) {
         display.check()?;
@@ -229,6 +233,7 @@ mod tests {
                 scheduler: "dpm++2m".into(),
                 dtype: "f32".into(),
                 weights_hash: "00".repeat(32),
+                encoder_hash: None,
                 config_hash: "11".repeat(32),
                 device: "cpu".into(),
                 kernel_path: None,

@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::inputs::InputFile;
 use super::job::Job;
 use crate::error::{Error, Result};
 use crate::image::ImageSize;
@@ -47,6 +48,15 @@ pub struct Settings {
     pub width: u64,
     /// Rows of pixels.
     pub height: u64,
+    /// The picture that it began with, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<FileRecord>,
+    /// What of that was painted, if not all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask_image: Option<FileRecord>,
+    /// How far from it, 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strength: Option<f64>,
     /// The scheduler that was asked for by its name for `--scheduler`; none is the model's own.
     pub scheduler: Option<String>,
     /// The scheduler that was used.
@@ -59,6 +69,21 @@ pub struct Settings {
     pub device: String,
     /// Which kernels the device has, such as `avx512`; none where it does not say.
     pub kernel_path: Option<String>,
+}
+
+/// A file that a picture was made of, by name and by content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// As the user wrote it.
+    pub path: String,
+    /// BLAKE3-256 of its bytes, in hexadecimal digits.
+    pub hash: String,
+}
+
+impl FileRecord {
+    fn of(file: &InputFile) -> Self {
+        Self { path: file.path.to_string_lossy().into_owned(), hash: file.hash.clone() }
+    }
 }
 
 /// The model of a picture, by name and by content.
@@ -75,6 +100,9 @@ pub struct ModelRecord {
     pub config: Option<String>,
     /// Of the weights: [`UsedTensors::hash`](crate::weights::UsedTensors::hash).
     pub weights_hash: String,
+    /// Of the weights that only pictures made of others need: the VAE's encoder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoder_hash: Option<String>,
     /// Of what says how they are used: [`config_hash`](crate::weights::config_hash).
     pub config_hash: String,
 }
@@ -88,6 +116,8 @@ pub struct Provenance {
     pub dtype: String,
     /// See [`ModelRecord::weights_hash`].
     pub weights_hash: String,
+    /// See [`ModelRecord::encoder_hash`]; known where the encoder is loaded.
+    pub encoder_hash: Option<String>,
     /// See [`ModelRecord::config_hash`].
     pub config_hash: String,
     /// See [`Settings::device`].
@@ -100,6 +130,7 @@ impl Settings {
     /// The record of one of a job's pictures.
     pub fn new(job: &Job, seed: u64, size: ImageSize, provenance: Provenance) -> Self {
         let scheduler = job.scheduler.map(|kind| kind.name().to_owned());
+        let image = job.image.as_ref();
         Self {
             schema: SCHEMA_VERSION,
             version: env!("CARGO_PKG_VERSION").into(),
@@ -114,6 +145,9 @@ impl Settings {
             guidance_scale: job.guidance_scale.get(),
             width: size.width as u64,
             height: size.height as u64,
+            image: image.map(|image| FileRecord::of(&image.image)),
+            mask_image: image.and_then(|image| image.mask.as_ref()).map(FileRecord::of),
+            strength: image.map(|image| image.strength),
             scheduler: scheduler.clone(),
             resolved_scheduler: scheduler.unwrap_or(provenance.scheduler),
             dtype: provenance.dtype,
@@ -123,6 +157,7 @@ impl Settings {
                 variant: job.variant.as_ref().map(|name| name.as_str().into()),
                 config: job.configs.as_ref().map(|path| path.to_string_lossy().into_owned()),
                 weights_hash: provenance.weights_hash,
+                encoder_hash: image.and(provenance.encoder_hash),
                 config_hash: provenance.config_hash,
             },
             device: provenance.device,
@@ -133,13 +168,14 @@ impl Settings {
     /// BLAKE3-256, in hexadecimal digits, of what determines the picture: `pipeline`,
     /// `resolved_prompt`, `negative_prompt`, `seed`, `steps`, `guidance_scale`, `width`, `height`,
     /// `resolved_scheduler`, `dtype`, `weights_hash` and `config_hash`, and of what came later
-    /// (`prompt_syntax`, `clip_skip`) whatever is not as it was before: the keys of older records
+    /// (`prompt_syntax`, `clip_skip`; with an image `image` and `mask_image` by their content,
+    /// `strength`, and `encoder_hash`) whatever is not as it was before: the keys of older records
     /// stay as they are.
     ///
     /// Not in it: what only names these things (`prompt`, `scheduler`, the model's `source`,
-    /// `revision`, `variant` and `config`), who wrote it (`schema`, `version`), and where it was
-    /// made (`device`, `kernel_path`): where the kernels are the same, so are the pictures, and where
-    /// they are not, the pictures differ by rounding.
+    /// `revision`, `variant` and `config`, where images were), who wrote it (`schema`, `version`),
+    /// and where it was made (`device`, `kernel_path`): where the kernels are the same, so are the
+    /// pictures, and where they are not, the pictures differ by rounding.
     pub fn key(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         let mut add = |name: &str, value: &[u8]| {
@@ -162,6 +198,15 @@ impl Settings {
         }
         if self.clip_skip != 0 {
             add("clip_skip", &self.clip_skip.to_le_bytes());
+        }
+        for (name, file) in [("image", &self.image), ("mask_image", &self.mask_image)] {
+            file.iter().for_each(|file| add(name, file.hash.as_bytes()));
+        }
+        if let Some(strength) = self.strength {
+            add("strength", &strength.to_bits().to_le_bytes());
+        }
+        if let Some(hash) = &self.model.encoder_hash {
+            add("encoder_hash", hash.as_bytes());
         }
         hasher.finalize().to_hex().to_string()
     }
@@ -204,6 +249,7 @@ pub(super) mod tests {
             scheduler: "ddim".into(),
             dtype: "f32".into(),
             weights_hash: "ab".repeat(32),
+            encoder_hash: Some("ef".repeat(32)),
             config_hash: "cd".repeat(32),
             device: "cpu".into(),
             kernel_path: Some("avx512".into()),
@@ -245,6 +291,28 @@ pub(super) mod tests {
         }
     }
 
+    fn file(path: &str, hash: &str) -> FileRecord {
+        FileRecord { path: path.into(), hash: hash.into() }
+    }
+
+    #[test]
+    fn of_an_image_the_content_counts_and_nothing_is_said_where_there_is_none() {
+        let with = |path: &str, hash: &str| {
+            let image = Some(file(path, hash));
+            Settings { image, strength: Some(0.5), ..settings() }
+        };
+        let before = with("a.png", "1");
+        assert_eq!(Settings::from_json(&before.to_json()).unwrap(), before);
+        assert_eq!(before.key(), with("b.png", "1").key());
+        assert_ne!(before.key(), with("a.png", "2").key());
+        let json = settings().to_json();
+        assert!(!json.contains("image") && !json.contains("strength"), "{json}");
+        assert!(!json.contains("encoder_hash"), "{json}");
+        // Pinned: another key makes every picture of every batch again.
+        let key = "c9271d0d26521766fa86883fc825789740522aadabc737077f4695fb2014362b";
+        assert_eq!(settings().key(), key);
+    }
+
     #[test]
     fn the_key_changes_with_what_determines_the_picture_and_with_nothing_else() {
         type Change = fn(&mut Settings);
@@ -272,6 +340,10 @@ pub(super) mod tests {
                 |s| s.dtype = "f16".into(),
                 |s| s.model.weights_hash = s.model.config_hash.clone(),
                 |s| s.model.config_hash.clear(),
+                |s| s.image = Some(file("a", "1")),
+                |s| s.mask_image = Some(file("a", "1")),
+                |s| s.strength = Some(0.5),
+                |s| s.model.encoder_hash = Some("ef".into()),
                 // The border between two texts is part of them.
                 |s| (s.resolved_prompt, s.negative_prompt) = ("a foxb".into(), "lurry".into()),
             ],

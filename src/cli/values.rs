@@ -142,6 +142,28 @@ impl SizeRequest {
     }
 }
 
+/// How far from an image a picture may go: 0 to 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Strength(f64);
+
+impl Strength {
+    /// The part of the steps that are made.
+    pub fn get(self) -> f64 {
+        self.0
+    }
+}
+
+impl FromStr for Strength {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text.parse() {
+            Ok(strength) if (0.0..=1.0).contains(&strength) => Ok(Strength(strength)),
+            _ => Err("a number from 0 to 1".into()),
+        }
+    }
+}
+
 /// The weight of classifier-free guidance: finite, 0 to 1000.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GuidanceScale(f64);

@@ -10,18 +10,23 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use serde_json::json;
 
 use super::args::{Args, ModelArgs};
+use super::command::usage;
 use super::display::Display;
-use super::from::{Filling, read_picture};
+use super::from::Filling;
+use super::inputs::read_picture;
 use super::interrupt;
-use super::job::{self, Job, Request, usage};
+use super::job::{self, Job, Request};
 use super::paint::picture_request;
 use super::run::OpenPainter;
-use super::settings::Settings;
+use super::settings::{FileRecord, Settings};
 use super::surroundings::Surroundings;
 use super::values::Verbosity;
 use crate::backend::cpu;
 use crate::error::{Error, Result};
 use crate::image::{FileFormat, ImageSize, JPEG_QUALITY, Picture, PictureTexts};
+
+/// What is compared by hashes of which people see the beginning.
+const HASHES: [&str; 5] = ["image", "mask", "encoder", "weights", "configuration"];
 
 /// Version of what `--json` prints.
 const SCHEMA_VERSION: u32 = 1;
@@ -58,9 +63,10 @@ struct VerifyArgs {
 const AFTER_HELP: &str = "\
 Model, revision, variant and dtype are the record's unless they are given. The answer is one line on
 standard output: bit-exact, or how near the pixels are (PSNR in dB, more is nearer), and then what
-is not as recorded: weights, configuration, version, pipeline, scheduler, dtype, device, kernels.
-Other kernels or another kind of device round in other ways, which leaves 50 dB or more. A JPEG is
-compared with the JPEG that the picture made here becomes, so it can be bit-exact as well.
+is not as recorded: image, mask, weights, configuration, version, pipeline, scheduler, dtype,
+device, kernels. Other kernels or another kind of device round in other ways, which leaves 50 dB or
+more. A picture that was made of others needs those where its record says. A JPEG is compared with
+the JPEG that the picture made here becomes, so it can be bit-exact as well.
 
 Examples:
   tiny-sd verify out.png
@@ -149,7 +155,9 @@ pub fn verify(verify: &VerifyJob, open: &mut OpenPainter<'_>) -> Result<ExitCode
     let display = Display::new(job.verbosity);
     let mut painter = open(job, &display)?;
     display.begin(format!("seed {}", job.seed));
-    let request = picture_request(job, job.seed, painter.default_size());
+    let size = job.picture_size(painter.default_size());
+    let images = job.image.as_ref().map(|image| image.load(size)).transpose()?;
+    let request = picture_request(job, job.seed, size, images.as_ref())?;
     let made = match request.size == pixels.size() {
         true => painter.paint(&[request], &display)?.into_iter().next(),
         // Whatever it shows, it was cut or scaled.
@@ -189,7 +197,13 @@ impl Answer<'_> {
         let number = |number: u32| number.to_string();
         let fields = |settings: &Settings| {
             let Settings { version, pipeline, resolved_scheduler, dtype, device, .. } = settings;
+            let hash = |file: &Option<FileRecord>| {
+                file.as_ref().map(|file| file.hash.clone()).unwrap_or_default()
+            };
             [
+                ("image", hash(&settings.image)),
+                ("mask", hash(&settings.mask_image)),
+                ("encoder", settings.model.encoder_hash.clone().unwrap_or_default()),
                 ("weights", settings.model.weights_hash.clone()),
                 ("configuration", settings.model.config_hash.clone()),
                 ("version", version.clone()),
@@ -226,7 +240,7 @@ impl Answer<'_> {
             }
         };
         for (name, there, here) in self.differences() {
-            let is_hash = matches!(name, "weights" | "configuration");
+            let is_hash = HASHES.contains(&name);
             let shown = if is_hash { SHOWN } else { usize::MAX };
             let [there, here] = [there, here].map(|value| {
                 let value: String = value.chars().take(shown).collect();

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
-use super::job::{Request, usage};
+use super::command::usage;
+use super::job::Request;
 use crate::backend::cpu;
 use crate::error::{Error, Result};
 use crate::remote::disk_library::{self, DiskLibrary};

@@ -228,6 +228,7 @@ mod tests {
                 size: ImageSize { height: 8, width: 16 },
                 model,
                 clip_skip: 0,
+                denoising_strength: None,
             };
             let found = Infotext::parse(&before.to_string());
             assert_eq!(found.prompt, before.prompt, "seed {seed}");

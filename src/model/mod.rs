@@ -8,7 +8,9 @@ mod resnet;
 pub mod unet;
 mod unet_blocks;
 pub mod vae;
+pub mod vae_encoder;
 
 pub use clip::TextEncoder;
 pub use unet::UNet;
 pub use vae::Decoder;
+pub use vae_encoder::Encoder;

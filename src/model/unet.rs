@@ -21,7 +21,7 @@ use crate::tensor::Tensor;
 pub struct UNetConfig {
     /// Height and width of the latents that the model was trained on.
     pub sample_size: usize,
-    /// Channels of the latents.
+    /// Channels of the latents, and of what else it sees.
     pub in_channels: usize,
     /// Channels of the prediction.
     pub out_channels: usize,
@@ -248,6 +248,13 @@ impl Shape {
             self.block(level, (0..count).map(resnet).collect(), attends, level > 0)
         };
         Ok(attends.into_iter().enumerate().map(block).collect())
+    }
+}
+
+impl UNetConfig {
+    /// Whether it sees a mask and what the mask leaves beside the latents.
+    pub fn inpaints(&self) -> bool {
+        self.in_channels == 2 * self.out_channels + 1
     }
 }
 

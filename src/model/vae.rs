@@ -19,9 +19,10 @@ pub struct VaeConfig {
     pub latent_channels: usize,
     /// Latents are divided by this before decoding.
     pub scaling_factor: f64,
-    block_out_channels: Vec<usize>,
-    layers_per_block: usize,
+    pub(super) block_out_channels: Vec<usize>,
+    pub(super) layers_per_block: usize,
     groups: usize,
+    pub(super) use_quant_conv: bool,
     use_post_quant_conv: bool,
     mid_block_add_attention: bool,
 }
@@ -66,8 +67,8 @@ impl VaeConfig {
         }
         fields.only("act_fn", json!("silu"))?;
         fields.only("out_channels", json!(3))?;
-        // Of the encoder, of training, or of dtypes in which we accumulate in f32 anyway.
-        fields.ignore(&["in_channels", "sample_size", "force_upcast", "use_quant_conv"]);
+        // Of training, of dtypes in which we accumulate in f32 anyway, or said by the tensors.
+        fields.ignore(&["in_channels", "sample_size", "force_upcast"]);
         let groups = fields.count("norm_num_groups", Some(32))?;
         if let Some(channels) = block_out_channels.iter().find(|&&count| count % groups != 0) {
             let message = format!("{channels} channels do not make {groups} groups");
@@ -77,6 +78,7 @@ impl VaeConfig {
             latent_channels: fields.count("latent_channels", Some(4))?,
             scaling_factor: fields.number("scaling_factor", 0.18215)?,
             layers_per_block: fields.count("layers_per_block", Some(1))?,
+            use_quant_conv: fields.flag("use_quant_conv", true)?,
             use_post_quant_conv: fields.flag("use_post_quant_conv", true)?,
             mid_block_add_attention: fields.flag("mid_block_add_attention", true)?,
             block_out_channels,
@@ -94,7 +96,7 @@ impl VaeConfig {
         1 << (self.block_out_channels.len() - 1)
     }
 
-    fn norm(&self) -> Norm {
+    pub(super) fn norm(&self) -> Norm {
         Norm { groups: self.groups, eps: EPS }
     }
 }
@@ -110,7 +112,7 @@ impl<B: Backend> Decoder<B> {
         Ok(decoder)
     }
 
-    fn load_from(config: VaeConfig, root: &Names<'_, '_, B>) -> Result<Self> {
+    pub(super) fn load_from(config: VaeConfig, root: &Names<'_, '_, B>) -> Result<Self> {
         let names = root.at("decoder");
         let latent = config.latent_channels;
         let widest = config.block_out_channels[config.block_out_channels.len() - 1];
@@ -157,14 +159,14 @@ impl<B: Backend> Decoder<B> {
 }
 
 /// `UNetMidBlock2D`: resnet, attention of all pixels with each other, resnet.
-struct MidBlock<B> {
+pub(super) struct MidBlock<B> {
     first: ResnetBlock2D<B>,
     attention: Option<(GroupNorm<B>, Attention<B>)>,
     second: ResnetBlock2D<B>,
 }
 
 impl<B: Backend> MidBlock<B> {
-    fn load(names: &Names<'_, '_, B>, config: &VaeConfig, width: usize) -> Result<Self> {
+    pub fn load(names: &Names<'_, '_, B>, config: &VaeConfig, width: usize) -> Result<Self> {
         let norm = config.norm();
         let resnet =
             |i: usize| ResnetBlock2D::load(&names.at("resnets").at(i), width, width, None, norm);
@@ -181,7 +183,7 @@ impl<B: Backend> MidBlock<B> {
         })
     }
 
-    fn forward(&self, x: &Tensor<B>) -> Result<Tensor<B>> {
+    pub fn forward(&self, x: &Tensor<B>) -> Result<Tensor<B>> {
         let mut x = self.first.forward(x, None)?;
         if let Some((group_norm, attention)) = &self.attention {
             let [batch, channels, height, width] = x.dims_exact()?;

@@ -14,7 +14,7 @@ use crate::image::ImageSize;
 use crate::model::clip::TextConfig;
 use crate::model::unet::UNetConfig;
 use crate::model::vae::VaeConfig;
-use crate::model::{Decoder, TextEncoder, UNet};
+use crate::model::{Decoder, Encoder, TextEncoder, UNet};
 use crate::nn::Loader;
 use crate::progress::{Event, Progress};
 use crate::schedule::{SchedulerConfig, SchedulerKind};
@@ -30,6 +30,8 @@ pub struct LoadOptions {
     pub variant: Option<Variant>,
     /// Instead of the model's own scheduler.
     pub scheduler: Option<SchedulerKind>,
+    /// Whether pictures begin with images, which the VAE must encode.
+    pub encodes: bool,
 }
 
 impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
@@ -60,12 +62,22 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         let mut loading = Loading::new(model, options, progress)?;
         loading.announce(&devices)?;
         let load_text = |loader: Loader<'_, T>| TextEncoder::load(text, loader);
+        let text_encoder = loading.component(Component::TextEncoder, &devices.text, load_text)?;
+        let unet =
+            loading.component(Component::Unet, &devices.unet, |loader| UNet::load(unet, loader))?;
+        let load_vae = |loader: Loader<'_, V>| match options.encodes {
+            true => {
+                let (decoder, encoder) = Encoder::load_with_decoder(vae, loader)?;
+                Ok((decoder, Some(encoder)))
+            }
+            false => Ok((Decoder::load(vae, loader)?, None)),
+        };
+        let (vae, encoder) = loading.component(Component::Vae, &devices.vae, load_vae)?;
         Ok(Self {
-            text_encoder: loading.component(Component::TextEncoder, &devices.text, load_text)?,
-            unet: loading
-                .component(Component::Unet, &devices.unet, |loader| UNet::load(unet, loader))?,
-            vae: loading
-                .component(Component::Vae, &devices.vae, |loader| Decoder::load(vae, loader))?,
+            text_encoder,
+            unet,
+            vae,
+            encoder,
             tokenizer,
             scheduler,
             scheduler_config,
@@ -105,6 +117,14 @@ pub fn default_size(model: &Model) -> Result<ImageSize> {
     Ok(trained_size(&unet, &vae))
 }
 
+/// Whether a model's UNet sees a mask: then it makes no picture without one. No weights are read.
+///
+/// # Errors
+/// If its configuration is not covered.
+pub fn inpaints(model: &Model) -> Result<bool> {
+    Ok(UNetConfig::parse(&model.config(Component::Unet)?)?.inpaints())
+}
+
 /// The size in pixels that a UNet and a VAE were trained for.
 pub(super) fn trained_size(unet: &UNetConfig, vae: &VaeConfig) -> ImageSize {
     let side = unet.sample_size.saturating_mul(vae.scale_factor());
@@ -129,7 +149,8 @@ fn check_fit(
         let (unet, text) = (unet.cross_attention_dim, text.hidden_size);
         return differ("cross_attention_dim of unet and hidden_size of text_encoder", unet, text);
     }
-    if unet.in_channels != vae.latent_channels || unet.out_channels != vae.latent_channels {
+    let takes = if unet.inpaints() { unet.out_channels } else { unet.in_channels };
+    if takes != vae.latent_channels || unet.out_channels != vae.latent_channels {
         let (unet, vae) = (unet.in_channels, vae.latent_channels);
         return differ("in_channels or out_channels of unet and latent_channels of vae", unet, vae);
     }
@@ -141,6 +162,7 @@ struct Loading<'a> {
     /// Those that are not loaded yet, in the order of use.
     checkpoints: Vec<(Component, Checkpoint)>,
     dtype: DType,
+    encodes: bool,
     progress: &'a dyn Progress,
 }
 
@@ -150,7 +172,9 @@ impl<'a> Loading<'a> {
             Ok((component, model.checkpoint(component, options.variant.as_ref())?))
         };
         let [text, unet, vae] = Component::ALL.map(open);
-        Ok(Self { checkpoints: vec![text?, unet?, vae?], dtype: options.dtype, progress })
+        let checkpoints = vec![text?, unet?, vae?];
+        let &LoadOptions { dtype, encodes, .. } = options;
+        Ok(Self { checkpoints, dtype, encodes, progress })
     }
 
     /// Names all weights of a device at once, so that a remote one asks once for all of them.
@@ -171,7 +195,8 @@ impl<'a> Loading<'a> {
     fn announce_on<B: Backend>(&self, device: &B::Device, chosen: [bool; 3]) -> Result<()> {
         let chosen = self.checkpoints.iter().zip(chosen).filter(|(_, is_chosen)| *is_chosen);
         let used = chosen.flat_map(|((component, checkpoint), _)| {
-            checkpoint.iter().filter(|(name, _)| names::is_used(*component, name))
+            let is_used = |name: &str| self.encodes || names::is_used(*component, name);
+            checkpoint.iter().filter(move |(name, _)| is_used(name))
         });
         let tensors: Vec<_> = used.map(|(_, tensor)| tensor).collect();
         if tensors.is_empty() {

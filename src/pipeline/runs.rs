@@ -67,7 +67,7 @@ impl Progress for Part<'_> {
     fn report(&self, event: Event<'_>) {
         let before = |total: usize| total.saturating_mul(self.index);
         let event = match event {
-            Event::Step { done: 0, .. } if self.index > 0 => return,
+            Event::Encoding | Event::Step { done: 0, .. } if self.index > 0 => return,
             Event::Step { done, total } => {
                 let done = done.saturating_add(before(total));
                 Event::Step { done, total: total.saturating_mul(self.of) }
@@ -83,6 +83,7 @@ impl Progress for Part<'_> {
             | Event::Loading { .. }
             | Event::Warning(_)
             | Event::Truncated { .. }
+            | Event::Encoding
             | Event::Decoding
             | Event::Done => event,
         };

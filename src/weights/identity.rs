@@ -32,13 +32,30 @@ impl UsedTensors {
     /// # Errors
     /// As [`Model::checkpoint`].
     pub fn open(model: &Model, variant: Option<&Variant>) -> Result<Self> {
-        let mut tensors = Vec::new();
-        for component in Component::ALL {
-            let checkpoint: Checkpoint = model.checkpoint(component, variant)?;
-            let used = checkpoint.iter().filter(|(name, _)| names::is_used(component, name));
-            tensors.extend(used.map(|(name, tensor)| (component, name.to_owned(), tensor.clone())));
-        }
-        Ok(Self(tensors))
+        let parts = Component::ALL.map(|component| Self::of(component, model, variant, true));
+        let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
+        Ok(Self(parts.into_iter().flat_map(|part| part.0).collect()))
+    }
+
+    /// Those that only pictures need that are made of others: the VAE's encoder.
+    ///
+    /// # Errors
+    /// As [`Model::checkpoint`].
+    pub fn of_encoder(model: &Model, variant: Option<&Variant>) -> Result<Self> {
+        Self::of(Component::Vae, model, variant, false)
+    }
+
+    fn of(
+        component: Component,
+        model: &Model,
+        variant: Option<&Variant>,
+        are_used: bool,
+    ) -> Result<Self> {
+        let checkpoint: Checkpoint = model.checkpoint(component, variant)?;
+        let tensors =
+            checkpoint.iter().filter(|(name, _)| names::is_used(component, name) == are_used);
+        let named = |(name, tensor): (&str, &HostTensor)| (component, name.into(), tensor.clone());
+        Ok(Self(tensors.map(named).collect()))
     }
 
     /// Each tensor with the dtype whose digest is needed: the one it is stored in.

@@ -18,10 +18,11 @@ const POSITION_IDS: &str = "embeddings.position_ids";
 const VAE_ATTENTION: [(&str, &str); 4] =
     [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")];
 
-/// How the names of the VAE's weights begin that no picture needs: the way from pixels to latents.
+/// How the names of the VAE's weights begin that lead from pixels to latents.
 const ENCODER: [&str; 2] = ["encoder.", "quant_conv."];
 
-/// Whether pictures need a component's tensor, by its [`canonical`] name.
+/// Whether every picture needs a component's tensor, by its [`canonical`] name; the others are of
+/// the VAE's encoder, which pictures need that are made of others.
 pub fn is_used(component: Component, name: &str) -> bool {
     match component {
         Component::TextEncoder | Component::Unet => true,

@@ -83,6 +83,7 @@ fn draw(random: &mut Random) -> Vec<u8> {
                 size,
                 model: text(random, b"a/b"),
                 clip_skip: 0,
+                denoising_strength: None,
             };
             let formats = [FileFormat::Png, FileFormat::Jpeg, FileFormat::WebP];
             let format = formats[random.below(formats.len())];

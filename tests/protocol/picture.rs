@@ -36,7 +36,12 @@ fn paint<B: Backend>(
     steps: usize,
     guidance_scale: f64,
 ) -> Result<Vec<u8>> {
-    let options = LoadOptions { dtype: DType::F32, variant: None, scheduler: Some(scheduler) };
+    let options = LoadOptions {
+        dtype: DType::F32,
+        variant: None,
+        scheduler: Some(scheduler),
+        encodes: false,
+    };
     let pipeline = Pipeline::<B>::load(&folder()?, &options, Placement::whole(device), &Silent)?;
     let request = PictureRequest { guidance_scale, ..request(steps, None) };
     let picture = pipeline.paint(&request, &Silent)?;
@@ -106,7 +111,7 @@ fn previews<B: Backend>(device: &B::Device) -> Result<Vec<(usize, Picture)>> {
             Ok(())
         }
     }
-    let options = LoadOptions { dtype: DType::F32, variant: None, scheduler: None };
+    let options = LoadOptions { dtype: DType::F32, variant: None, scheduler: None, encodes: false };
     let pipeline = Pipeline::load(&folder()?, &options, Placement::<B>::whole(device), &Silent)?;
     let request = request(10, NonZeroUsize::new(3));
     let seen = Seen::default();
@@ -129,7 +134,7 @@ fn nothing_but_inputs_varies_between_the_steps_of_a_unet() -> Result<()> {
 #[test]
 fn a_step_that_is_done_is_told_before_the_next_is_computed() -> Result<()> {
     let device = cpu::Device::with_threads(1)?;
-    let options = LoadOptions { dtype: DType::F32, variant: None, scheduler: None };
+    let options = LoadOptions { dtype: DType::F32, variant: None, scheduler: None, encodes: false };
     let place = Placement::<cpu::Storage>::whole(&device);
     let pipeline = Pipeline::load(&folder()?, &options, place, &Silent)?;
     let told = Told::default();
@@ -170,6 +175,7 @@ fn request(steps: usize, preview_every: Option<NonZeroUsize>) -> PictureRequest<
         guidance_scale: 7.5,
         text: TextOptions::default(),
         size: ImageSize { height: 64, width: 64 },
+        image: None,
         scheduler: None,
         preview_every,
     }

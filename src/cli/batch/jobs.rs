@@ -12,8 +12,10 @@ use clap::{Args as _, Command, FromArgMatches};
 
 use super::lines::Line;
 use crate::cli::args::{ModelArgs, PictureArgs, RunArgs};
+use crate::cli::command::usage;
 use crate::cli::device::DevicePlan;
-use crate::cli::job::{Choice, Job, usage};
+use crate::cli::inputs::Inputs;
+use crate::cli::job::{Choice, Job};
 use crate::cli::output::{OutputPlan, Target, before_suffix};
 use crate::error::{Error, Result};
 
@@ -45,6 +47,8 @@ pub(super) struct Defaults<'a> {
     pub run: &'a RunArgs,
     /// Any of the batch's devices.
     pub device: &'a DevicePlan,
+    /// The pictures that jobs begin with.
+    pub inputs: &'a Inputs<'a>,
 }
 
 /// The pictures of all lines, in their order.
@@ -85,7 +89,8 @@ fn job(
     let name = picture.output.take().unwrap_or_else(|| DEFAULT_NAME.into());
     let name = inside(&name)?.replace("{line}", &format!("{line:05}"));
     let output = OutputPlan::of_file(Path::new(&name), picture.count)?;
-    let choice = Choice { seed, output, device: defaults.device.clone() };
+    let image = defaults.inputs.request(&picture)?;
+    let choice = Choice { seed, output, device: defaults.device.clone(), image };
     Job::new(picture, defaults.model, defaults.run, choice)
 }
 
@@ -259,7 +264,7 @@ mod tests {
     use super::super::args::{BatchArgs, Format, parse};
     use super::super::lines;
     use super::*;
-    use crate::cli::job::tests::job_of;
+    use crate::cli::job::tests::{Fake, job_of};
 
     /// The tasks of jobs with the batch's flags, separated by `|`, or the error's text.
     fn found(flags: &str, jobs: &str) -> std::result::Result<Vec<Task>, String> {
@@ -268,8 +273,10 @@ mod tests {
         let args: BatchArgs = parse(words.map(Into::into)).map_err(|error| error.to_string())?;
         let lines = lines::read(jobs.as_bytes(), Format::Auto).map_err(|e| e.to_string())?;
         let [device] = &*args.model.device else { panic!("one device") };
-        let defaults =
-            Defaults { picture: &args.picture, model: &args.model, run: &args.run, device };
+        let fake = Fake::default();
+        let inputs = &Inputs::new(&fake);
+        let (picture, model, run) = (&args.picture, &args.model, &args.run);
+        let defaults = Defaults { picture, model, run, device, inputs };
         tasks(&lines, &defaults).map_err(|error| error.to_string())
     }
 
@@ -354,6 +361,13 @@ mod tests {
                 "{\"prompt\":\"a\",\"width\":100}",
                 "field \"width\": \"100\" is wrong: a multiple of 8",
             ),
+            (
+                "",
+                "{\"prompt\":\"a\",\"image\":\"b.png\"}",
+                "line 1: --image b.png: there is no such file",
+            ),
+            ("", "{\"prompt\":\"a\",\"mask\":\"b.png\"}", "line 1: --mask says what"),
+            ("", "{\"prompt\":\"a\",\"strength\":2}", "field \"strength\": \"2\" is wrong: a num"),
             ("", "{\"prompt\":\"a\",\"seed\":-1}", "field \"seed\": \"-1\" is wrong: a seed is"),
             ("", "{\"prompt\":\"a\",\"steps\":2.5}", "\"2.5\" is wrong"),
             ("", "{\"prompt\":\"a\",\"scheduler\":\"eular\"}", "did you mean euler?"),

@@ -23,13 +23,15 @@ use report::Report;
 use runner::{Queue, Runner, Work};
 
 use super::books;
+use super::command::usage;
 use super::device::DevicePlan;
 use super::display::Display;
 use super::events::{Event, Stream, Teller, Told};
 use super::files;
 use super::identity::{Identity, Pending};
+use super::inputs::Inputs;
 use super::interrupt;
-use super::job::{Job, Request, usage};
+use super::job::{Job, Request};
 use super::painter::{self, Wanted};
 use super::settings::{Provenance, Settings};
 use super::surroundings::Surroundings;
@@ -37,7 +39,7 @@ use super::values::{DtypeChoice, Verbosity};
 use crate::backend::cpu;
 use crate::error::{Error, Result};
 use crate::image::ImageSize;
-use crate::pipeline::Outline;
+use crate::pipeline::{self, Outline};
 use crate::progress::Progress;
 use crate::schedule::SchedulerKind;
 
@@ -87,7 +89,9 @@ pub(super) fn parse(
         (Format::Auto, Some("txt")) => Format::Text,
         (format, _) => format,
     };
-    let defaults = Defaults { picture: &args.picture, model: &args.model, run: &args.run, device };
+    let inputs = &Inputs::new(surroundings);
+    let (picture, model, run) = (&args.picture, &args.model, &args.run);
+    let defaults = Defaults { picture, model, run, device, inputs };
     let tasks = lines::read(&bytes, format)
         .and_then(|lines| tasks(&lines, &defaults))
         .map_err(|error| error.context(&name))?;
@@ -157,7 +161,12 @@ fn run(batch: &BatchJob, stream: &Stream) -> Result<ExitCode> {
     let (model, variant) = painter::model(&Wanted::of(&first.job), &teller)?;
     let outline = Outline::of(&model)?;
     let job = common(&batch.tasks, &first.job, outline.scheduler)?;
-    let identity = Identity::of(&model, variant.as_ref())?;
+    let inpaints = pipeline::inpaints(&model)?;
+    for Task { job, line, .. } in &batch.tasks {
+        painter::check_mode(inpaints, job)
+            .map_err(|error| error.context(format!("line {line}")))?;
+    }
+    let identity = Identity::of(&model, variant.as_ref(), job.image.is_some())?;
     let known = Known::new(&job, &outline, &identity);
     let mut report = Report::new(batch, &display, stream, outline.size);
     let mut waiting = Vec::new();
@@ -212,7 +221,9 @@ fn common(tasks: &[Task], job: &Job, own: Option<SchedulerKind>) -> Result<Job> 
         DtypeChoice::Auto => DtypeChoice::F32,
         chosen @ (DtypeChoice::F32 | DtypeChoice::F16 | DtypeChoice::Bf16) => chosen,
     };
-    Ok(Job { dtype, scheduler, ..job.clone() })
+    // The encoder is loaded if any job needs it.
+    let image = tasks.iter().find_map(|task| task.job.image.clone());
+    Ok(Job { dtype, scheduler, image, ..job.clone() })
 }
 
 /// The devices, resolved, each once: a second session of one would only wait for the first.
@@ -245,11 +256,12 @@ struct Known {
 
 impl Known {
     fn new(job: &Job, outline: &Outline, identity: &Identity) -> Self {
-        let Identity { weights_hash, config_hash } = identity.clone();
+        let Identity { weights_hash, encoder_hash, config_hash } = identity.clone();
         let provenance = Provenance {
             scheduler: outline.scheduler.map_or("", SchedulerKind::name).into(),
             dtype: job.dtype.as_str().into(),
             weights_hash,
+            encoder_hash,
             config_hash,
             // No part of the hash.
             device: String::new(),
@@ -260,6 +272,6 @@ impl Known {
 
     /// The hash of all that determines a picture.
     fn key(&self, Task { job, seed, .. }: &Task) -> String {
-        Settings::new(job, *seed, job.size.or(self.size), self.provenance.clone()).key()
+        Settings::new(job, *seed, job.picture_size(self.size), self.provenance.clone()).key()
     }
 }

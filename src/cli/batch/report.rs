@@ -67,7 +67,7 @@ impl<'a> Report<'a> {
     /// Tells of the pictures that are there already.
     pub fn tell_skipped(&self) {
         for (task, key) in &self.skipped {
-            let size = task.job.size.or(self.size);
+            let size = task.job.picture_size(self.size);
             self.stream.tell(&Event::Done {
                 picture: self.name(task, &self.path(task)),
                 skipped: true,
@@ -191,6 +191,6 @@ impl<'a> Report<'a> {
 
 /// Steps times pixels.
 fn work(task: &Task, size: ImageSize) -> f64 {
-    let size = task.job.size.or(size);
+    let size = task.job.picture_size(size);
     (task.job.steps.get() * size.width * size.height) as f64
 }

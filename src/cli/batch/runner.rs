@@ -14,7 +14,7 @@ use crate::cli::display::Display;
 use crate::cli::events::{Made, Teller};
 use crate::cli::files;
 use crate::cli::output::Target;
-use crate::cli::paint::{AUTO_PIXELS, Finished, Order, paint, picture_request};
+use crate::cli::paint::{AUTO_PIXELS, Finished, Order, paint};
 use crate::cli::previews::beside;
 use crate::cli::run::Painter;
 use crate::error::{Error, Kind, Result};
@@ -120,9 +120,7 @@ impl<'a> Runner<'a> {
             most_together(work, size).min(share).max(1)
         };
         let goes_with = |first: &Work<'_>, next: &Work<'_>| {
-            let [first, next_one] =
-                [first, next].map(|work| picture_request(&work.task.job, work.task.seed, size));
-            !next.is_alone && next_one.goes_with(&first)
+            !next.is_alone && next.task.job.goes_with(&first.task.job, size)
         };
         while let Some(group) = self.queue.take(&most, &goes_with) {
             let group = self.with_places(group);
@@ -253,7 +251,7 @@ fn most_together(work: &Work<'_>, size: ImageSize) -> usize {
     let job = &work.task.job;
     match work.is_alone {
         true => 1,
-        false => job.batch_size.or(AUTO_PIXELS, job.size.or(size)),
+        false => job.batch_size.or(AUTO_PIXELS, job.picture_size(size)),
     }
 }
 

@@ -40,6 +40,7 @@ impl Painter for Mortal {
         Ok(Provenance {
             scheduler: text(),
             dtype: text(),
+            encoder_hash: None,
             weights_hash: text(),
             config_hash: text(),
             device: text(),
