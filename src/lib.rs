@@ -4,7 +4,7 @@
 //!
 //! **A prompt becomes a picture** in [`pipeline`]: prompt → [`tokenizer`] → ids →
 //! [`model::TextEncoder`] → embeddings → [`schedule`] and [`model::UNet`] → latents →
-//! [`model::Decoder`] → [`image`].
+//! [`model::AutoencoderDecoder`] → [`image`].
 //!
 //! **An op runs**: a [`tensor`] method asks [`backend::Fused::infer`] for the result's layout and
 //! its [`backend::Backend`] for the storage. On [`backend::cpu`] that is a kernel. On a remote

@@ -171,7 +171,7 @@ impl<B: Backend> Linear<B> {
     }
 }
 
-/// torch's `Conv2d` with a bias.
+/// torch's `Conv2d`.
 pub struct Conv2d<B> {
     weight: Weight<B>,
     bias: Option<Tensor<B>>,
@@ -190,12 +190,23 @@ impl<B: Backend> Conv2d<B> {
         kernel: usize,
         op: Conv2dOp,
     ) -> Result<Self> {
+        let bias = bias(names, Bias::Yes, out)?;
+        Ok(Self { bias, ..Self::load_unbiased(names, inner, out, kernel, op)? })
+    }
+
+    /// `weight` (out, in, kernel, kernel) alone.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn load_unbiased(
+        names: &Names<'_, '_, B>,
+        inner: usize,
+        out: usize,
+        kernel: usize,
+        op: Conv2dOp,
+    ) -> Result<Self> {
         let weight = names.tensor("weight", &[&[out, inner, kernel, kernel]])?;
-        Ok(Self {
-            weight: weight.prepare(Role::Conv2d { stride: op.stride })?,
-            bias: bias(names, Bias::Yes, out)?,
-            op,
-        })
+        Ok(Self { weight: weight.prepare(Role::Conv2d { stride: op.stride })?, bias: None, op })
     }
 
     /// (batch, in, height, width) → (batch, out, height', width')

@@ -18,7 +18,7 @@ use crate::backend::{Backend, Device, Noise, Size2d};
 use crate::error::{Error, Result};
 use crate::image::{ImageSize, Picture};
 use crate::model::unet::TextKeyValues;
-use crate::model::{Decoder, Encoder, TextEncoder, UNet};
+use crate::model::{AutoencoderDecoder, Encoder, TextEncoder, UNet};
 use crate::progress::{Event, Progress};
 use crate::rng;
 use crate::schedule::{Combination, Plan, Scheduler, SchedulerConfig, SchedulerKind, Source, Step};
@@ -50,7 +50,7 @@ pub struct Pipeline<T: Backend, U: Backend = T, V: Backend = T> {
     /// Latents to a prediction.
     pub unet: UNet<U>,
     /// Latents to an image.
-    pub vae: Decoder<V>,
+    pub vae: AutoencoderDecoder<V>,
     /// An image to latents, where pictures begin with images.
     pub encoder: Option<Encoder<V>>,
     /// Predictions to latents, where a request names no other scheduler.
@@ -114,7 +114,7 @@ impl PictureRequest<'_> {
 impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
     /// The size the model was trained for.
     pub fn default_size(&self) -> ImageSize {
-        loading::trained_size(&self.unet.config, &self.vae.config)
+        loading::trained_size(&self.unet.config, self.vae.scale_factor())
     }
 
     /// The scheduler that pictures are made with where a request names no other.
@@ -329,7 +329,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
     }
 
     fn latent_size(&self, size: ImageSize) -> Result<Size2d> {
-        let factor = self.vae.config.scale_factor();
+        let factor = self.vae.scale_factor();
         let ImageSize { height, width } = size;
         if height == 0 || width == 0 || height % factor != 0 || width % factor != 0 {
             return Err(Error::usage(format!(

@@ -27,5 +27,6 @@ mod structure;
 mod together;
 mod twin;
 mod udp_proxy;
+mod vaes;
 mod views;
 mod winograd;

@@ -23,15 +23,25 @@ fn single(name: &str) -> PathBuf {
 }
 
 /// A tensor of a file to be written.
-struct Entry {
-    name: String,
+pub struct Entry {
+    pub name: String,
     dtype: DType,
     shape: Vec<usize>,
     bytes: Vec<u8>,
 }
 
+impl Entry {
+    /// The tensor under a name.
+    pub fn of(name: &str, tensor: &HostTensor) -> Self {
+        let mut bytes = Vec::new();
+        tensor.row_major(&mut |more| bytes.extend_from_slice(more));
+        let (dtype, shape) = (tensor.dtype(), tensor.layout().dims().to_vec());
+        Self { name: name.into(), dtype, shape, bytes }
+    }
+}
+
 /// The bytes of a safetensors file.
-fn safetensors(entries: &[Entry]) -> Vec<u8> {
+pub fn safetensors(entries: &[Entry]) -> Vec<u8> {
     let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
     for Entry { name, dtype, shape, bytes } in entries {
         let start = data.len();
@@ -75,7 +85,7 @@ fn entries(prefix: &str, line: &str, weights: &Checkpoint) -> Vec<Entry> {
 
 /// The file of the original code with the weights of a miniature model, and what else such files
 /// have: weights of training, in types that are not read.
-fn assemble(name: &str) -> Vec<Entry> {
+pub fn assemble(name: &str) -> Vec<Entry> {
     let model = Model::open(folder(name), None).unwrap();
     let text = fs::read_to_string(single(&format!("{name}.txt"))).unwrap();
     let (mut file, mut now) = (Vec::new(), None);
@@ -100,6 +110,15 @@ fn assemble(name: &str) -> Vec<Entry> {
     file.push(other("first_stage_model.loss.logvar", DType::F64, &[0; 8]));
     file.push(other("alphas_cumprod", DType::F32, &[0; 4]));
     file
+}
+
+/// The pixels of a PNG.
+pub fn pixels(path: &Path) -> Vec<u8> {
+    let file = std::io::BufReader::new(fs::File::open(path).unwrap());
+    let mut reader = png::Decoder::new(file).read_info().unwrap();
+    let mut rgb = vec![0; reader.output_buffer_size().unwrap()];
+    reader.next_frame(&mut rgb).unwrap();
+    rgb
 }
 
 fn hash(model: &Model) -> String {
@@ -175,11 +194,7 @@ fn a_training_checkpoint_alone_makes_diffusers_picture() {
     let made = scratch.path().join("lone.png");
     let (rgb, parameters) = read_png(&made);
     assert!(parameters.contains("Model: lone,"), "{parameters}");
-    let file = std::io::BufReader::new(fs::File::open(single("lone.png")).unwrap());
-    let mut reader = png::Decoder::new(file).read_info().unwrap();
-    let mut golden = vec![0; reader.output_buffer_size().unwrap()];
-    reader.next_frame(&mut golden).unwrap();
-    let found = psnr(&rgb, &golden);
+    let found = psnr(&rgb, &pixels(&single("lone.png")));
     assert!(found >= 50.0, "{found:.1} dB");
     // The record leads back to the file.
     let output = run(scratch.path(), &["verify", "lone.png", "--threads", "2"], &home);

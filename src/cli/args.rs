@@ -162,6 +162,13 @@ pub(super) struct ModelArgs {
     #[arg(long = "config", value_name = "DIR")]
     pub configs: Option<PathBuf>,
 
+    /// Another VAE than the model's: a repository, a folder or a file, also TAESD
+    ///
+    /// A folder or repository in diffusers layout with the VAE in it or in its vae/, or one file of
+    /// AutoencoderKL, AutoencoderTiny or taesd_decoder.
+    #[arg(long, value_name = "REPO|DIR|FILE")]
+    pub vae: Option<ModelSource>,
+
     /// Branch, tag or commit of the repository [default: main]
     #[arg(long, value_name = "REVISION")]
     pub revision: Option<HubName>,
@@ -267,6 +274,7 @@ Examples:
   tiny-sd \"a fox\" -m ./my-model                  --model from a folder
   tiny-sd \"a fox\" -m v1-5.safetensors            --model in one file, also .ckpt
   tiny-sd \"a fox\" -m fox.ckpt --config ./sd-2    what it does not say, from a folder
+  tiny-sd \"a fox\" --vae madebyollin/taesd        another VAE: this one is small and fast
   tiny-sd \"a fox\" -m org/name --revision v1.0    --model from the hub, a certain --revision
   tiny-sd \"a fox\" --variant fp16                 the files named .fp16.
   tiny-sd \"a fox\" --offline                      no network

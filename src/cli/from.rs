@@ -220,14 +220,17 @@ impl Filling<'_> {
             return Ok(false);
         }
         check_local("model", &model.source)?;
-        if let Some(config) = &model.config {
-            check_local("config", config)?;
+        for (flag, name) in [("config", &model.config), ("vae", &model.vae)] {
+            name.as_ref().map_or(Ok(()), |name| check_local(flag, name))?;
         }
         let source: ModelSource = value("model", &model.source)?;
         let name = |id: &str, name: &Option<String>| {
             name.as_deref().map(|name| value(id, name)).transpose()
         };
         self.args.model.model = source;
+        if !(self.is_given)("vae") {
+            self.args.model.vae = model.vae.as_ref().map(|vae| value("vae", vae)).transpose()?;
+        }
         if !(self.is_given)("configs") {
             self.args.model.configs = model.config.as_ref().map(PathBuf::from);
         }

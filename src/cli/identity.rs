@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use crate::error::{Error, Result};
 use crate::remote::digests::Digests;
-use crate::weights::{Model, UsedTensors, Variant, config_hash};
+use crate::weights::{Component, Model, UsedTensors, Variant, config_hash};
 
 /// What a model is by its content.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub(super) struct Identity {
     pub weights_hash: String,
     /// Of the VAE's encoder, if it is in use.
     pub encoder_hash: Option<String>,
+    /// Of the VAE's weights, where it is not the model's own.
+    pub vae_hash: Option<String>,
     /// Of the configurations and the tokenizer.
     pub config_hash: String,
 }
@@ -41,7 +43,8 @@ impl Identity {
         if let Some(digests) = &digests {
             digests.keep(&stored, now);
         }
-        Ok(Self { weights_hash, encoder_hash, config_hash: config_hash(model)? })
+        let vae_hash = model.vae().map(|_| tensors.hash_of(Component::Vae));
+        Ok(Self { weights_hash, encoder_hash, vae_hash, config_hash: config_hash(model)? })
     }
 }
 

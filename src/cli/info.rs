@@ -241,7 +241,13 @@ fn record_lines(record: &Settings, text: &mut String) {
     line(text, "scheduler", format!("{}{whose}", record.resolved_scheduler));
     line(text, "dtype", &record.dtype);
     line(text, "model", &model.source);
-    for (name, value) in [("revision", &model.revision), ("variant", &model.variant)] {
+    for (name, value) in [
+        ("revision", &model.revision),
+        ("variant", &model.variant),
+        ("config", &model.config),
+        ("vae", &model.vae),
+        ("vae hash", &model.vae_hash),
+    ] {
         value.iter().for_each(|value| line(text, name, value));
     }
     line(text, "weights hash", &model.weights_hash);
@@ -260,7 +266,8 @@ fn infotext_lines(found: &Infotext, text: &mut String) {
 
 fn model(job: &InfoJob, source: &ModelSource) -> Result<Found> {
     let (revision, variant) = (job.revision.as_ref(), job.variant.as_ref());
-    let wanted = Wanted { model: source, configs: None, revision, variant, offline: true };
+    let wanted =
+        Wanted { model: source, configs: None, vae: None, revision, variant, offline: true };
     let (folder, variant) = painter::model(&wanted, &Display::new(Verbosity::Quiet))?;
     let parts = Component::ALL.map(|component| Part::of(&folder, component, variant.as_ref()));
     let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;

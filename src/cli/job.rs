@@ -45,6 +45,8 @@ pub struct Job {
     pub model: ModelSource,
     /// What a model in one file does not say, in a folder.
     pub configs: Option<PathBuf>,
+    /// The VAE, if not the model's own.
+    pub vae: Option<ModelSource>,
     /// Branch, tag or commit, only with a repository; `None` is `main`.
     pub revision: Option<HubName>,
     /// The weights to prefer, such as `fp16`.
@@ -234,6 +236,7 @@ impl Job {
             clip_skip: picture.clip_skip,
             model: model.model.clone(),
             configs: model.configs.clone(),
+            vae: model.vae.clone(),
             revision: model.revision.clone(),
             variant: model.variant.clone(),
             offline: model.offline,
@@ -321,6 +324,7 @@ pub(super) mod tests {
             clip_skip: "0".parse().unwrap(),
             model: ModelSource::Hub("segmind/tiny-sd".into()),
             configs: None,
+            vae: None,
             revision: None,
             variant: None,
             offline: false,
@@ -350,7 +354,7 @@ pub(super) mod tests {
     fn each_flag_changes_what_it_names_and_nothing_else() {
         type Change = fn(&mut Job);
         let base = job_of("x");
-        let rows: [(&str, Change); 30] = [
+        let rows: [(&str, Change); 31] = [
             ("x|-n|", |job| job.negative_prompt = String::new()),
             ("--prompt|-- a --flag", |job| job.prompt = "-- a --flag".into()),
             ("--prompt|", |job| job.prompt = String::new()),
@@ -364,6 +368,7 @@ pub(super) mod tests {
                 job.model = ModelSource::File("a.ckpt".into());
                 job.configs = Some("b".into());
             }),
+            ("x|--vae|a.pt", |job| job.vae = Some(ModelSource::File("a.pt".into()))),
             ("x|--variant|fp16", |job| job.variant = Some("fp16".parse().unwrap())),
             ("--offline|x", |job| job.offline = true),
             ("x|-s|42", |job| job.seed = 42),

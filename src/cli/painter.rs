@@ -19,7 +19,7 @@ use crate::pipeline::{self, LoadOptions, PictureRequest, Pipeline, Placement};
 use crate::progress::{Event, Progress};
 use crate::schedule::SchedulerKind;
 use crate::weights::hub::{self, Hub, HubOptions, Repository, Revision};
-use crate::weights::{Component, Model, Variant, choose, config_files, json};
+use crate::weights::{Component, LoneVae, Model, Variant, choose, config_files, json};
 
 /// Loads the job's model onto its devices.
 ///
@@ -76,6 +76,8 @@ pub(super) struct Wanted<'a> {
     pub model: &'a ModelSource,
     /// What a model in one file does not say.
     pub configs: Option<&'a Path>,
+    /// The VAE, if not the model's own.
+    pub vae: Option<&'a ModelSource>,
     /// Branch, tag or commit.
     pub revision: Option<&'a HubName>,
     /// Which of its weights to prefer.
@@ -89,8 +91,8 @@ impl<'a> Wanted<'a> {
     pub fn of(job: &'a Job) -> Self {
         let Job { model, offline, .. } = job;
         let (revision, variant) = (job.revision.as_ref(), job.variant.as_ref());
-        let configs = job.configs.as_deref();
-        Self { model, configs, revision, variant, offline: *offline }
+        let (configs, vae) = (job.configs.as_deref(), job.vae.as_ref());
+        Self { model, configs, vae, revision, variant, offline: *offline }
     }
 }
 
@@ -103,11 +105,25 @@ pub(super) fn model(
     progress: &dyn Progress,
 ) -> Result<(Model, Option<Variant>)> {
     let variant = wanted.variant.map(|name| Variant::parse(name.as_str())).transpose()?;
-    let path = match wanted.model {
-        ModelSource::Folder(path) | ModelSource::File(path) => path.clone(),
-        ModelSource::Hub(name) => download(wanted, name, variant.as_ref(), progress)?,
+    let at = |source: &ModelSource, part| match source {
+        ModelSource::Folder(path) | ModelSource::File(path) => Ok(path.clone()),
+        ModelSource::Hub(name) => download(wanted, name, part, variant.as_ref(), progress),
     };
-    Ok((Model::open(path, wanted.configs)?, variant))
+    let part = if wanted.vae.is_some() { Part::WithoutVae } else { Part::Whole };
+    let model = Model::open(at(wanted.model, part)?, wanted.configs)?;
+    let vae = wanted.vae.map(|source| LoneVae::open(at(source, Part::Vae)?));
+    Ok((model.with_vae(vae.transpose()?), variant))
+}
+
+/// What is wanted of a repository.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// A whole model.
+    Whole,
+    /// All but the weights of its VAE.
+    WithoutVae,
+    /// A VAE: its files are at the top, or where a model has them.
+    Vae,
 }
 
 /// What is the same wherever the stages are.
@@ -217,12 +233,13 @@ impl<T: Backend, U: Backend, V: Backend> PaintOnDevice for LoadedPainter<T, U, V
 fn download(
     wanted: &Wanted<'_>,
     name: &str,
+    part: Part,
     variant: Option<&Variant>,
     progress: &dyn Progress,
 ) -> Result<PathBuf> {
     let mut options = HubOptions::from_environment(&|name| std::env::var_os(name))?;
     options.offline |= wanted.offline;
-    if let Some(revision) = wanted.revision {
+    if let Some(revision) = wanted.revision.filter(|_| part != Part::Vae) {
         options.revision = Revision::parse(revision.as_str())?;
     }
     let hub = Hub::new(options, interrupt::flag());
@@ -230,7 +247,7 @@ fn download(
     if let Some(warning) = repository.warning() {
         progress.report(Event::Warning(warning));
     }
-    fetch(&repository, variant, progress).map_err(|error| match error.kind() {
+    fetch(&repository, part, variant, progress).map_err(|error| match error.kind() {
         Kind::Model => error.context(name),
         Kind::Usage | Kind::Remote | Kind::Other | Kind::Interrupted => error,
     })
@@ -238,24 +255,43 @@ fn download(
 
 fn fetch(
     repository: &Repository<'_>,
+    part: Part,
     variant: Option<&Variant>,
     progress: &dyn Progress,
 ) -> Result<PathBuf> {
     let names = repository.file_names();
-    let exists = |name: &str| names.contains(&name);
+    let vae_config = Component::Vae.config_file();
+    let is_at_top = part == Part::Vae && !names.contains(&vae_config);
+    let place = |name: &str| match name.strip_prefix("vae/") {
+        Some(name) if is_at_top => name.to_owned(),
+        Some(_) | None => name.to_owned(),
+    };
+    let exists = |name: &str| names.contains(&&*place(name));
     let mut reporter = Reporter(progress);
-    let mut wanted: Vec<String> = config_files(&exists)?.into_iter().map(str::to_owned).collect();
-    let choices = Component::ALL.map(|component| choose(component, variant, &exists));
-    let choices = choices.into_iter().collect::<Result<Vec<_>>>()?;
+    let (configs, components) = match part {
+        Part::Whole => (config_files(&exists)?, &Component::ALL[..]),
+        Part::WithoutVae => {
+            (config_files(&exists)?, &[Component::TextEncoder, Component::Unet][..])
+        }
+        Part::Vae => (vec![vae_config], &[Component::Vae][..]),
+    };
+    let mut wanted: Vec<String> = configs.into_iter().map(place).collect();
+    let chosen = |component: &Component| match (part, choose(*component, variant, &exists)) {
+        // The variant is asked of the model.
+        (Part::Vae, Err(_)) => choose(*component, None, &exists),
+        (_, choice) => choice,
+    };
+    let choices = components.iter().map(chosen).collect::<Result<Vec<_>>>()?;
     let indices: Vec<_> = choices.iter().filter(|choice| choice.is_index).collect();
     if !indices.is_empty() {
-        let files: Vec<_> = indices.iter().map(|choice| choice.file.clone()).collect();
+        let files: Vec<_> = indices.iter().map(|choice| place(&choice.file)).collect();
         let snapshot = repository.fetch(&files, &mut reporter)?;
         for choice in indices {
-            wanted.extend(choice.shards(&json::read_text(&snapshot.join(&choice.file))?)?);
+            let index = json::read_text(&snapshot.join(place(&choice.file)))?;
+            wanted.extend(choice.shards(&index)?.iter().map(|name| place(name)));
         }
     }
-    wanted.extend(choices.into_iter().map(|choice| choice.file));
+    wanted.extend(choices.into_iter().map(|choice| place(&choice.file)));
     repository.fetch(&wanted, &mut reporter)
 }
 

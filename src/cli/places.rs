@@ -235,12 +235,14 @@ impl Painter for PlacedPainter {
     }
 
     fn provenance(&mut self) -> Result<Provenance> {
-        let Identity { weights_hash, encoder_hash, config_hash } = self.identity.wait()?;
+        let Identity { weights_hash, encoder_hash, vae_hash, config_hash } =
+            self.identity.wait()?;
         Ok(Provenance {
             scheduler: self.painter.scheduler().name().into(),
             dtype: self.painter.dtype().as_str().into(),
             weights_hash,
             encoder_hash,
+            vae_hash,
             config_hash,
             device: self.device.clone(),
             kernel_path: self.painter.kernel_path(),

@@ -234,6 +234,7 @@ mod tests {
                 dtype: "f32".into(),
                 weights_hash: "00".repeat(32),
                 encoder_hash: None,
+                vae_hash: None,
                 config_hash: "11".repeat(32),
                 device: "cpu".into(),
                 kernel_path: None,

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::inputs::InputFile;
 use super::job::Job;
+use super::model::ModelSource;
 use crate::error::{Error, Result};
 use crate::image::ImageSize;
 use crate::pipeline::{PIPELINE_VERSION, PromptSyntax};
@@ -98,6 +99,12 @@ pub struct ModelRecord {
     /// The folder with what a model in one file does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<String>,
+    /// The VAE that was asked for instead of the model's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vae: Option<String>,
+    /// Of that one's weights, which are in the weights' hash too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vae_hash: Option<String>,
     /// Of the weights: [`UsedTensors::hash`](crate::weights::UsedTensors::hash).
     pub weights_hash: String,
     /// Of the weights that only pictures made of others need: the VAE's encoder.
@@ -118,6 +125,8 @@ pub struct Provenance {
     pub weights_hash: String,
     /// See [`ModelRecord::encoder_hash`]; known where the encoder is loaded.
     pub encoder_hash: Option<String>,
+    /// See [`ModelRecord::vae_hash`].
+    pub vae_hash: Option<String>,
     /// See [`ModelRecord::config_hash`].
     pub config_hash: String,
     /// See [`Settings::device`].
@@ -156,6 +165,8 @@ impl Settings {
                 revision: job.revision.as_ref().map(|name| name.as_str().into()),
                 variant: job.variant.as_ref().map(|name| name.as_str().into()),
                 config: job.configs.as_ref().map(|path| path.to_string_lossy().into_owned()),
+                vae: job.vae.as_ref().map(ModelSource::recorded),
+                vae_hash: provenance.vae_hash,
                 weights_hash: provenance.weights_hash,
                 encoder_hash: image.and(provenance.encoder_hash),
                 config_hash: provenance.config_hash,
@@ -173,9 +184,9 @@ impl Settings {
     /// stay as they are.
     ///
     /// Not in it: what only names these things (`prompt`, `scheduler`, the model's `source`,
-    /// `revision`, `variant` and `config`, where images were), who wrote it (`schema`, `version`),
-    /// and where it was made (`device`, `kernel_path`): where the kernels are the same, so are the
-    /// pictures, and where they are not, the pictures differ by rounding.
+    /// `revision`, `variant`, `config` and `vae`, where images were), who wrote it (`schema`,
+    /// `version`), and where it was made (`device`, `kernel_path`): where the kernels are the same,
+    /// so are the pictures, and where they are not, the pictures differ by rounding.
     pub fn key(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         let mut add = |name: &str, value: &[u8]| {
@@ -250,6 +261,7 @@ pub(super) mod tests {
             dtype: "f32".into(),
             weights_hash: "ab".repeat(32),
             encoder_hash: Some("ef".repeat(32)),
+            vae_hash: None,
             config_hash: "cd".repeat(32),
             device: "cpu".into(),
             kernel_path: Some("avx512".into()),
@@ -359,6 +371,8 @@ pub(super) mod tests {
                 |s| s.model.revision = Some("v1".into()),
                 |s| s.model.variant = Some("fp16".into()),
                 |s| s.model.config = Some("dir".into()),
+                |s| s.model.vae = Some("a/b".into()),
+                |s| s.model.vae_hash = Some("ef".into()),
                 |s| s.device = "mock".into(),
                 |s| s.kernel_path = None,
             ],

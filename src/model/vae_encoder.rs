@@ -17,6 +17,8 @@ use crate::tensor::Tensor;
 pub struct Encoder<B> {
     dtype: DType,
     latent_channels: usize,
+    /// What latents are multiplied by for the diffusion.
+    pub scaling_factor: f64,
     conv_in: Conv2d<B>,
     down_blocks: Vec<DownEncoderBlock<B>>,
     mid_block: MidBlock<B>,
@@ -71,6 +73,7 @@ impl<B: Backend> Encoder<B> {
         Ok(Self {
             dtype: names.dtype(),
             latent_channels: config.latent_channels,
+            scaling_factor: config.scaling_factor,
             conv_in: Conv2d::load(&names.at("conv_in"), 3, narrowest, 3, same)?,
             down_blocks,
             mid_block: MidBlock::load(&names.at("mid_block"), config, widest)?,

@@ -13,8 +13,7 @@ use crate::error::{Error, Result};
 use crate::image::ImageSize;
 use crate::model::clip::TextConfig;
 use crate::model::unet::UNetConfig;
-use crate::model::vae::VaeConfig;
-use crate::model::{Decoder, Encoder, TextEncoder, UNet};
+use crate::model::{AutoencoderConfig, AutoencoderDecoder, TextEncoder, UNet};
 use crate::nn::Loader;
 use crate::progress::{Event, Progress};
 use crate::schedule::{SchedulerConfig, SchedulerKind};
@@ -57,8 +56,11 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         };
         let text = TextConfig::parse(&model.config(Component::TextEncoder)?)?;
         let unet = UNetConfig::parse(&model.config(Component::Unet)?)?;
-        let vae = VaeConfig::parse(&model.config(Component::Vae)?)?;
+        let vae = AutoencoderConfig::parse(&model.config(Component::Vae)?)?;
         check_fit(&tokenizer, &text, &unet, &vae)?;
+        if options.encodes {
+            vae.check_encodes()?;
+        }
         let mut loading = Loading::new(model, options, progress)?;
         loading.announce(&devices)?;
         let load_text = |loader: Loader<'_, T>| TextEncoder::load(text, loader);
@@ -66,11 +68,9 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         let unet =
             loading.component(Component::Unet, &devices.unet, |loader| UNet::load(unet, loader))?;
         let load_vae = |loader: Loader<'_, V>| match options.encodes {
-            true => {
-                let (decoder, encoder) = Encoder::load_with_decoder(vae, loader)?;
-                Ok((decoder, Some(encoder)))
-            }
-            false => Ok((Decoder::load(vae, loader)?, None)),
+            true => AutoencoderDecoder::load_with_encoder(vae, loader)
+                .map(|(decoder, encoder)| (decoder, Some(encoder))),
+            false => Ok((AutoencoderDecoder::load(vae, loader)?, None)),
         };
         let (vae, encoder) = loading.component(Component::Vae, &devices.vae, load_vae)?;
         Ok(Self {
@@ -113,8 +113,8 @@ impl Outline {
 /// If its configuration is not covered.
 pub fn default_size(model: &Model) -> Result<ImageSize> {
     let unet = UNetConfig::parse(&model.config(Component::Unet)?)?;
-    let vae = VaeConfig::parse(&model.config(Component::Vae)?)?;
-    Ok(trained_size(&unet, &vae))
+    let vae = AutoencoderConfig::parse(&model.config(Component::Vae)?)?;
+    Ok(trained_size(&unet, vae.scale_factor()))
 }
 
 /// Whether a model's UNet sees a mask: then it makes no picture without one. No weights are read.
@@ -125,9 +125,9 @@ pub fn inpaints(model: &Model) -> Result<bool> {
     Ok(UNetConfig::parse(&model.config(Component::Unet)?)?.inpaints())
 }
 
-/// The size in pixels that a UNet and a VAE were trained for.
-pub(super) fn trained_size(unet: &UNetConfig, vae: &VaeConfig) -> ImageSize {
-    let side = unet.sample_size.saturating_mul(vae.scale_factor());
+/// The size in pixels that a UNet and a VAE of this scale factor were trained for.
+pub(super) fn trained_size(unet: &UNetConfig, scale_factor: usize) -> ImageSize {
+    let side = unet.sample_size.saturating_mul(scale_factor);
     ImageSize { height: side, width: side }
 }
 
@@ -136,7 +136,7 @@ fn check_fit(
     tokenizer: &Tokenizer,
     text: &TextConfig,
     unet: &UNetConfig,
-    vae: &VaeConfig,
+    vae: &AutoencoderConfig,
 ) -> Result<()> {
     let differ = |what: &str, a: usize, b: usize| {
         Err(Error::model(format!("the parts of this model do not fit: {what}, {a} and {b}")))
@@ -150,8 +150,9 @@ fn check_fit(
         return differ("cross_attention_dim of unet and hidden_size of text_encoder", unet, text);
     }
     let takes = if unet.inpaints() { unet.out_channels } else { unet.in_channels };
-    if takes != vae.latent_channels || unet.out_channels != vae.latent_channels {
-        let (unet, vae) = (unet.in_channels, vae.latent_channels);
+    let latents = vae.latent_channels();
+    if takes != latents || unet.out_channels != latents {
+        let (unet, vae) = (unet.in_channels, latents);
         return differ("in_channels or out_channels of unet and latent_channels of vae", unet, vae);
     }
     Ok(())

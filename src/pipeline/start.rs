@@ -166,7 +166,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             return Ok(Start { sample, kept: None, condition: None });
         };
         let [_, _, height, width] = shape;
-        let of_latents = mask.of_latents(self.vae.config.scale_factor())?;
+        let of_latents = mask.of_latents(self.vae.scale_factor())?;
         let painted: Vec<f32> = of_latents.pixels().iter().map(|&p| f32::from(p)).collect();
         let painted = Tensor::from_slice(&painted, (1, 1, height, width), device)?;
         if let Some(image) = image.filter(|_| !inpaints) {
@@ -202,7 +202,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         let deviation = posterior.deviation.to_device::<U>(&self.devices.unet)?;
         let noise = noise.draw::<U>(shape, &self.devices.unet)?;
         let latents = noise.binary::<Mul>(&deviation)?.add(&mean)?;
-        latents.affine(self.vae.config.scaling_factor, 0.0)
+        latents.affine(encoder.scaling_factor, 0.0)
     }
 }
 

@@ -15,6 +15,8 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone)]
 pub struct ModelFolder {
     path: PathBuf,
+    /// Whether it is a VAE's alone: a component's folder, without the folder's name.
+    is_vae: bool,
 }
 
 impl ModelFolder {
@@ -23,7 +25,7 @@ impl ModelFolder {
     /// # Errors
     /// If there is no such folder, or it lacks configurations or the tokenizer: all are named.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
-        let folder = Self { path: path.into() };
+        let folder = Self { path: path.into(), is_vae: false };
         let path = folder.path.display();
         if folder.path.is_file() {
             return Err(Error::model(format!(
@@ -35,6 +37,30 @@ impl ModelFolder {
             return Err(Error::model(format!("there is no folder {path}")));
         }
         config_files(&|name| folder.has(name)).map_err(|error| error.context(path))?;
+        Ok(folder)
+    }
+
+    /// A folder with a VAE: as a model has it, or its files at the top.
+    ///
+    /// # Errors
+    /// If there is no such folder, or it has no configuration of a VAE.
+    pub fn vae(path: impl Into<PathBuf>) -> Result<Self> {
+        let mut folder = Self { path: path.into(), is_vae: true };
+        let path = folder.path.display();
+        if !folder.path.is_dir() {
+            return Err(Error::model(format!("--vae {path}: there is no such folder")));
+        }
+        // A model that is given for its VAE has a configuration of its own at the top at most.
+        let [alone, within] = [true, false].map(|is_vae| {
+            let folder = Self { path: folder.path.clone(), is_vae };
+            folder.has(Component::Vae.config_file())
+        });
+        if !alone && !within {
+            return Err(Error::model(format!(
+                "--vae {path}: it has neither config.json nor vae/config.json"
+            )));
+        }
+        folder.is_vae = !within;
         Ok(folder)
     }
 
@@ -140,7 +166,15 @@ impl ModelFolder {
     }
 
     fn file(&self, name: &str) -> PathBuf {
-        self.path.join(name)
+        match name.strip_prefix("vae/") {
+            Some(name) if self.is_vae => self.path.join(name),
+            Some(_) | None => self.path.join(name),
+        }
+    }
+
+    /// Where one of the [`weight_files`](Self::weight_files) is.
+    pub(super) fn weight_path(&self, name: &str) -> PathBuf {
+        self.file(name)
     }
 }
 

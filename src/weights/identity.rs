@@ -58,6 +58,11 @@ impl UsedTensors {
         Ok(Self(tensors.map(named).collect()))
     }
 
+    /// [`hash`](Self::hash) of one component alone.
+    pub fn hash_of(&self, component: Component) -> String {
+        hash(self.0.iter().filter(|part| part.0 == component))
+    }
+
     /// Each tensor with the dtype whose digest is needed: the one it is stored in.
     pub fn as_stored(&self) -> Vec<(&HostTensor, DType)> {
         self.0.iter().map(|(_, _, tensor)| (tensor, tensor.dtype())).collect()
@@ -70,14 +75,18 @@ impl UsedTensors {
         self.0.par_iter().for_each(|(_, _, tensor)| {
             tensor.digest();
         });
-        let mut hasher = blake3::Hasher::new();
-        for (component, name, tensor) in &self.0 {
-            let folder = component.folder();
-            hasher.update(format!("{folder} {} {name}\n", name.len()).as_bytes());
-            hasher.update(&tensor.digest());
-        }
-        hasher.finalize().to_hex().to_string()
+        hash(self.0.iter())
     }
+}
+
+fn hash<'t>(tensors: impl Iterator<Item = &'t (Component, String, HostTensor)>) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for (component, name, tensor) in tensors {
+        let folder = component.folder();
+        hasher.update(format!("{folder} {} {name}\n", name.len()).as_bytes());
+        hasher.update(&tensor.digest());
+    }
+    hasher.finalize().to_hex().to_string()
 }
 
 /// BLAKE3-256 of what a model's configurations and its tokenizer say, in hexadecimal digits:
@@ -152,7 +161,7 @@ mod tests {
         (dir, folder)
     }
 
-    fn hash(folder: &Model) -> String {
+    fn hash_of_all(folder: &Model) -> String {
         UsedTensors::open(folder, None).unwrap().hash()
     }
 
@@ -180,15 +189,15 @@ mod tests {
     #[test]
     fn weights_are_the_same_in_another_kind_of_file_and_others_with_one_bit() {
         let (dir, folder) = copy("tiny");
-        let before = hash(&folder);
+        let before = hash_of_all(&folder);
         assert_eq!(before.len(), 64);
         as_safetensors(dir.path(), &folder, Component::Unet);
-        assert_eq!(hash(&folder), before);
+        assert_eq!(hash_of_all(&folder), before);
         let path = dir.path().join("unet/diffusion_pytorch_model.safetensors");
         let mut bytes = fs::read(&path).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
         fs::write(&path, bytes).unwrap();
-        assert_ne!(hash(&folder), before);
+        assert_ne!(hash_of_all(&folder), before);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::Checkpoint;
 use super::choice::{Component, Variant};
 use super::folder::ModelFolder;
+use super::lone_vae::LoneVae;
 use super::single::{SingleFile, TokenizerFiles};
 use crate::error::{Error, Result};
 
@@ -15,6 +16,8 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone)]
 pub struct Model {
     base: Base,
+    /// In the place of its own.
+    vae: Option<LoneVae>,
 }
 
 #[derive(Debug, Clone)]
@@ -36,7 +39,7 @@ pub struct WeightFile {
 
 impl From<ModelFolder> for Model {
     fn from(folder: ModelFolder) -> Self {
-        Self { base: Base::Folder(folder) }
+        Self { base: Base::Folder(folder), vae: None }
     }
 }
 
@@ -50,9 +53,25 @@ impl Model {
         let path = path.into();
         if path.is_file() {
             let file = SingleFile::open(path, configs)?;
-            return Ok(Self { base: Base::File(Box::new(file)) });
+            return Ok(Self { base: Base::File(Box::new(file)), vae: None });
         }
         ModelFolder::open(path).map(Self::from)
+    }
+
+    /// The model with another VAE in the place of its own.
+    #[must_use]
+    pub fn with_vae(self, vae: Option<LoneVae>) -> Self {
+        Self { vae, ..self }
+    }
+
+    /// The VAE that is there in the place of its own.
+    pub fn vae(&self) -> Option<&LoneVae> {
+        self.vae.as_ref()
+    }
+
+    /// The VAE if it is given apart and the component is it.
+    fn apart(&self, component: Component) -> Option<&LoneVae> {
+        self.vae.as_ref().filter(|_| component == Component::Vae)
     }
 
     /// The folder, or the file.
@@ -76,6 +95,9 @@ impl Model {
     /// # Errors
     /// If it cannot be read, or cannot be told from the weights.
     pub fn config(&self, component: Component) -> Result<Value> {
+        if let Some(vae) = self.apart(component) {
+            return vae.config();
+        }
         match &self.base {
             Base::Folder(folder) => folder.config(component),
             Base::File(file) => file.config(component),
@@ -110,6 +132,9 @@ impl Model {
         component: Component,
         variant: Option<&Variant>,
     ) -> Result<Checkpoint> {
+        if let Some(vae) = self.apart(component) {
+            return vae.checkpoint(variant);
+        }
         match &self.base {
             Base::Folder(folder) => folder.checkpoint(component, variant),
             Base::File(file) => {
@@ -128,6 +153,9 @@ impl Model {
         component: Component,
         variant: Option<&Variant>,
     ) -> Result<Vec<WeightFile>> {
+        if let Some(vae) = self.apart(component) {
+            return vae.weight_files(variant);
+        }
         match &self.base {
             Base::Folder(folder) => {
                 let names = folder.weight_files(component, variant)?.into_iter();

@@ -256,12 +256,13 @@ struct Known {
 
 impl Known {
     fn new(job: &Job, outline: &Outline, identity: &Identity) -> Self {
-        let Identity { weights_hash, encoder_hash, config_hash } = identity.clone();
+        let Identity { weights_hash, encoder_hash, vae_hash, config_hash } = identity.clone();
         let provenance = Provenance {
             scheduler: outline.scheduler.map_or("", SchedulerKind::name).into(),
             dtype: job.dtype.as_str().into(),
             weights_hash,
             encoder_hash,
+            vae_hash,
             config_hash,
             // No part of the hash.
             device: String::new(),

@@ -3,8 +3,9 @@
 //! component as a checkpoint of its own.
 //!
 //! Renaming is an index over the mapped file: no element is copied, and where one tensor of the
-//! file is several of ours, or has dimensions more, ours are views of it. Names and arithmetic are those
-//! of diffusers' `single_file_utils.py`; the weights of training (`model_ema.…`) are left as there.
+//! file is several of ours, or has dimensions more, ours are views of it. Names and arithmetic are
+//! those of diffusers' `single_file_utils.py`; the weights of training (`model_ema.…`) are left as
+//! there.
 //!
 //! Such a file has weights alone. Configurations follow from the shapes, and what no shape says
 //! from `models/` of this repository, or all from a folder that the user gives.
@@ -18,7 +19,7 @@ use super::{Checkpoint, Component, json, names, shown};
 use crate::backend::host::HostTensor;
 use crate::error::{Error, Result};
 use shapes::text_layers;
-use vae::{VaeNames, vae_config};
+pub(super) use vae::{VaeNames, vae_config};
 
 mod shapes;
 mod text;
@@ -48,7 +49,7 @@ pub enum Family {
 
 impl Family {
     /// The published configuration of this name in a folder in diffusers layout.
-    fn published(self, name: &str) -> Result<Value> {
+    pub(super) fn published(self, name: &str) -> Result<Value> {
         macro_rules! file {
             ($folder:literal) => {
                 [
@@ -265,6 +266,11 @@ fn family_of(whole: &Checkpoint) -> Result<Family> {
         true => Family::V2,
         false => Family::V1,
     })
+}
+
+/// The VAE's part of a file under our names.
+pub(super) fn renamed_vae(whole: Checkpoint, names: &VaeNames) -> Result<Checkpoint> {
+    renamed(Component::Vae, whole, &|name| names.becomes(name))
 }
 
 /// A component's part of a file under our names. `becomes` says of a name of the file what it is

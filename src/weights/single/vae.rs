@@ -49,6 +49,11 @@ impl VaeNames {
         Self { prefix, levels: levels.len() }
     }
 
+    /// Whether the file has the weights of a decoder.
+    pub fn has_decoder(&self, whole: &Checkpoint) -> bool {
+        whole.get(&format!("{}decoder.conv_in.weight", self.prefix)).is_some()
+    }
+
     /// What becomes of a tensor of the file; `None` if it is not the VAE's. Today's names stay.
     pub(super) fn becomes(&self, name: &str) -> Option<Becomes> {
         let name = name.strip_prefix(self.prefix)?;

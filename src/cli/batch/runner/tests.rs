@@ -42,6 +42,7 @@ impl Painter for Mortal {
             dtype: text(),
             encoder_hash: None,
             weights_hash: text(),
+            vae_hash: None,
             config_hash: text(),
             device: text(),
             kernel_path: None,
