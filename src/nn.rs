@@ -9,12 +9,15 @@ use candle_core::DType;
 use crate::backend::{Activation, Backend, Conv2d as Conv2dOp, GroupNorm as GroupNormOp, Role};
 use crate::error::Result;
 use crate::tensor::{Tensor, Weight};
-use crate::weights::{Checkpoint, Mismatch};
+use crate::weights::{Changes, Checkpoint, Mismatch};
+
+mod low_rank;
 
 /// Loads one model's tensors onto a device: each is cast, packed and dropped before the next, so
 /// that at no time more than one lives twice.
 pub struct Loader<'a, B: Backend> {
     checkpoint: &'a Checkpoint,
+    changes: Option<&'a Changes>,
     device: &'a B::Device,
     dtype: DType,
     ledger: RefCell<Ledger<'a>>,
@@ -36,7 +39,13 @@ impl<'a, B: Backend> Loader<'a, B> {
         loaded: &'a mut dyn FnMut(u64) -> Result<()>,
     ) -> Self {
         let ledger = Ledger { seen: BTreeSet::new(), mismatch: Mismatch::default(), loaded };
-        Self { checkpoint, device, dtype, ledger: RefCell::new(ledger) }
+        Self { checkpoint, changes: None, device, dtype, ledger: RefCell::new(ledger) }
+    }
+
+    /// The same loader, of weights with these changes.
+    #[must_use]
+    pub fn with_changes(self, changes: Option<&'a Changes>) -> Self {
+        Self { changes, ..self }
     }
 
     /// The names at the top of the checkpoint.
@@ -77,7 +86,12 @@ impl<'a, B: Backend> Loader<'a, B> {
         (ledger.loaded)(host.byte_len())?;
         let tensor = Tensor::upload(host, self.dtype, self.device)
             .map_err(|error| error.context(format!("loading {name}")))?;
-        tensor.reshape(shape.to_vec())
+        let tensor = tensor.reshape(shape.to_vec())?;
+        match self.changes.and_then(|changes| changes.get(name)) {
+            Some(changes) => self.changed(tensor, changes),
+            None => Ok(tensor),
+        }
+        .map_err(|error| error.context(format!("changing {name}")))
     }
 }
 

@@ -3,6 +3,7 @@
 //!
 //! diffusers' `StableDiffusionPipeline`: the same seed and settings give the same picture.
 
+mod additions;
 mod loading;
 mod preview;
 mod prompts;
@@ -26,6 +27,7 @@ use crate::tensor::{Tensor, program};
 use crate::tokenizer::Tokenizer;
 
 pub use crate::tokenizer::Syntax as PromptSyntax;
+pub use additions::Additions;
 pub use loading::{LoadOptions, Outline, default_size, inpaints};
 use preview::Preview;
 use prompts::Embeddings;

@@ -57,6 +57,21 @@ pub struct Tokenizer {
     eos: u32,
     pad: u32,
     length: usize,
+    /// By the ids that `bpe` gives to their names.
+    embeddings: HashMap<u32, Rows>,
+}
+
+/// Rows of the text encoder's table that a token is.
+#[derive(Debug, Clone, Copy)]
+struct Rows {
+    first: u32,
+    count: u32,
+}
+
+impl Rows {
+    fn ids(self) -> impl Iterator<Item = u32> {
+        (0..self.count).map(move |row| self.first.saturating_add(row))
+    }
 }
 
 impl Tokenizer {
@@ -105,7 +120,8 @@ impl Tokenizer {
                 .ok_or_else(|| Error::model(format!("{name} {text:?} is not in the vocabulary")))
         };
         let (bos, eos, pad) = (id("bos_token")?, id("eos_token")?, id("pad_token")?);
-        Ok(Self { bos, eos, pad, length: context_length(config)?, bpe })
+        let (length, embeddings) = (context_length(config)?, HashMap::new());
+        Ok(Self { bos, eos, pad, length, embeddings, bpe })
     }
 
     /// How many ids every encoding has: `model_max_length`, 77 for every published model.
@@ -121,21 +137,59 @@ impl Tokenizer {
     pub fn encode(&self, prompt: &str) -> Result<Encoding> {
         let encoding = self.encode_whole(prompt)?;
         let room = self.length.saturating_sub(2);
+        let starts = encoding.get_offsets().iter().map(|(start, _)| *start);
+        let tokens = encoding.get_ids().iter().zip(starts);
+        let mut tokens =
+            tokens.flat_map(|(id, start)| self.rows(*id).ids().map(move |id| (id, start)));
         let mut ids = Vec::with_capacity(self.length);
         ids.push(self.bos);
-        ids.extend(encoding.get_ids().iter().take(room));
+        ids.extend(tokens.by_ref().take(room).map(|(id, _)| id));
         ids.push(self.eos);
         ids.resize(self.length, self.pad);
-        let truncated = encoding.get_offsets().get(room).map(|&(start, _)| {
+        let truncated = tokens.next().map(|(_, start)| {
             let start = (0..=start.min(prompt.len())).rev().find(|&at| prompt.is_char_boundary(at));
             prompt.get(start.unwrap_or(0)..).unwrap_or(prompt).trim().to_owned()
         });
         Ok(Encoding { ids, truncated })
     }
 
+    /// Lets prompts name an embedding of `vectors` rows of the text encoder's table, from `first`
+    /// on: all of them by `name`, and those behind the first by `name_1`, `name_2`, … too, as
+    /// diffusers does it.
+    ///
+    /// # Errors
+    /// If the vocabulary has the name already.
+    pub fn add_embedding(&mut self, name: &str, first: u32, vectors: u32) -> Result<()> {
+        for row in 0..vectors {
+            let (name, rows) = match row {
+                0 => (name.to_owned(), Rows { first, count: vectors }),
+                _ => (format!("{name}_{row}"), Rows { first: first.saturating_add(row), count: 1 }),
+            };
+            if self.bpe.token_to_id(&name).is_some() {
+                return Err(Error::usage(format!(
+                    "the vocabulary has a token {name:?} already; give another name: \
+                     --embedding NAME=FILE"
+                )));
+            }
+            self.bpe
+                .add_tokens([AddedToken::from(name.clone(), false)])
+                .map_err(|error| Error::model(format!("the token {name:?}: {error}")))?;
+            let id = self.bpe.token_to_id(&name);
+            let id = id.ok_or_else(|| Error::other(format!("there is no token {name:?}")))?;
+            self.embeddings.insert(id, rows);
+        }
+        Ok(())
+    }
+
+    /// What the text encoder gets for an id of `bpe`.
+    fn rows(&self, id: u32) -> Rows {
+        self.embeddings.get(&id).copied().unwrap_or(Rows { first: id, count: 1 })
+    }
+
     /// The tokens of a text, all of them, and nothing around them.
-    fn tokens(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.encode_whole(text)?.get_ids().to_vec())
+    fn tokens(&self, text: &str) -> Result<Vec<Rows>> {
+        let encoding = self.encode_whole(text)?;
+        Ok(encoding.get_ids().iter().map(|id| self.rows(*id)).collect())
     }
 
     fn encode_whole(&self, text: &str) -> Result<tokenizers::Encoding> {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor as Golden};
 use tiny_sd::backend::cpu;
 use tiny_sd::image::{ImageSize, Picture};
-use tiny_sd::pipeline::{LoadOptions, PictureRequest, Pipeline, Placement, TextOptions};
+use tiny_sd::pipeline::{Additions, LoadOptions, PictureRequest, Pipeline, Placement, TextOptions};
 use tiny_sd::progress::Silent;
 use tiny_sd::schedule::SchedulerKind;
 use tiny_sd::tensor::Tensor;
@@ -29,7 +29,13 @@ fn goldens(model: &str, file: &str) -> HashMap<String, Golden> {
 
 pub fn load(model: &str, scheduler: Option<SchedulerKind>, device: &cpu::Device) -> Pipeline<Cpu> {
     let folder = Model::open(fixtures().join("models").join(model), None).unwrap();
-    let options = LoadOptions { dtype: DType::F32, variant: None, scheduler, encodes: false };
+    let options = LoadOptions {
+        dtype: DType::F32,
+        variant: None,
+        scheduler,
+        encodes: false,
+        additions: Additions::default(),
+    };
     Pipeline::load(&folder, &options, Placement::whole(device), &Silent).unwrap()
 }
 

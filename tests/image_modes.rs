@@ -11,7 +11,9 @@ use tiny_sd::Result;
 use tiny_sd::backend::{Backend, cpu};
 use tiny_sd::image::{ImageSize, Mask, Picture};
 use tiny_sd::model::Encoder;
-use tiny_sd::pipeline::{ImageMode, LoadOptions, PictureRequest, Pipeline, Placement, TextOptions};
+use tiny_sd::pipeline::{
+    Additions, ImageMode, LoadOptions, PictureRequest, Pipeline, Placement, TextOptions,
+};
 use tiny_sd::progress::Silent;
 use tiny_sd::schedule::SchedulerKind;
 use tiny_sd::weights::{Component, Model};
@@ -33,7 +35,13 @@ fn device() -> cpu::Device {
 
 fn load<B: Backend>(folder: &Path, device: &B::Device) -> Result<Pipeline<B>> {
     let model = Model::open(folder, None)?;
-    let options = LoadOptions { dtype: DType::F32, variant: None, scheduler: None, encodes: true };
+    let options = LoadOptions {
+        dtype: DType::F32,
+        variant: None,
+        scheduler: None,
+        encodes: true,
+        additions: Additions::default(),
+    };
     Pipeline::load(&model, &options, Placement::whole(device), &Silent)
 }
 

@@ -1,5 +1,6 @@
 //! The integration tests: one crate, so that it links once.
 
+mod additions;
 mod batch;
 mod cli;
 mod end_to_end;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::DType;
 use tempfile::TempDir;
 use tiny_sd::backend::{HostTensor, cpu};
-use tiny_sd::pipeline::{LoadOptions, Pipeline, Placement};
+use tiny_sd::pipeline::{Additions, LoadOptions, Pipeline, Placement};
 use tiny_sd::progress::Silent;
 use tiny_sd::weights::{Checkpoint, Component, Model, TokenizerFiles, UsedTensors};
 
@@ -152,8 +152,13 @@ fn a_model_in_one_file_has_the_very_weights_of_its_folder() {
         }
         assert_eq!(hash(&file), hash(&folder));
         let device = cpu::Device::with_threads(2).unwrap();
-        let options =
-            LoadOptions { dtype: DType::F32, variant: None, scheduler: None, encodes: false };
+        let options = LoadOptions {
+            dtype: DType::F32,
+            variant: None,
+            scheduler: None,
+            encodes: false,
+            additions: Additions::default(),
+        };
         let placement = Placement::whole(&device);
         let pipeline = Pipeline::<cpu::Storage>::load(&file, &options, placement, &Silent).unwrap();
         let case = cases(name).remove("base").unwrap();

@@ -14,6 +14,7 @@ use super::values::{
 };
 use crate::pipeline::PromptSyntax;
 use crate::schedule::SchedulerKind;
+use crate::weights::{EmbeddingFile, LoraFile};
 
 /// The command line, each value parsed on its own.
 #[derive(Debug, Parser)]
@@ -177,6 +178,26 @@ pub(super) struct ModelArgs {
     #[arg(long, value_name = "NAME")]
     pub variant: Option<HubName>,
 
+    /// A LoRA, and how strongly it acts [default: 1]; given several times, they add up
+    ///
+    /// For the UNet and the text encoder, in the layouts of kohya's scripts, diffusers and PEFT:
+    /// .safetensors or a pickle. Only its factors go to a remote device.
+    #[arg(long, value_name = "FILE[:SCALE]", action = ArgAction::Append)]
+    pub lora: Vec<LoraFile>,
+
+    /// Leave out what a LoRA changes in weights that the model does not have
+    ///
+    /// A model such as segmind/tiny-sd lacks blocks of the one that it was made from, which the
+    /// LoRAs for that one change too.
+    #[arg(long)]
+    pub lora_skip_unmatched: bool,
+
+    /// A textual-inversion embedding, which prompts name [default: by its file]
+    ///
+    /// .safetensors, .pt or .bin of diffusers or AUTOMATIC1111. NAME is then a word for prompts.
+    #[arg(long, value_name = "[NAME=]FILE", action = ArgAction::Append)]
+    pub embedding: Vec<EmbeddingFile>,
+
     /// Use only what has been downloaded before
     #[arg(long)]
     pub offline: bool,
@@ -278,6 +299,9 @@ Examples:
   tiny-sd \"a fox\" -m org/name --revision v1.0    --model from the hub, a certain --revision
   tiny-sd \"a fox\" --variant fp16                 the files named .fp16.
   tiny-sd \"a fox\" --offline                      no network
+  tiny-sd \"a fox\" --lora ink.safetensors:0.8 --lora film.safetensors
+  tiny-sd \"a fox\" --lora sd15.safetensors --lora-skip-unmatched
+  tiny-sd \"a fox in the style of wash\" --embedding wash=learned_embeds.bin
   tiny-sd \"a fox\" -s 42                          --seed
   tiny-sd \"a fox\" --steps 50
   tiny-sd \"a fox\" -g 5                           --guidance-scale

@@ -235,6 +235,7 @@ impl Run<'_> {
             variant: self.variant.clone(),
             scheduler: job.scheduler,
             encodes: job.image.is_some(),
+            additions: job.additions.clone(),
         };
         let devices = Placement::<twin::Storage<A, B>>::whole(device);
         let pipeline = Pipeline::load(&self.model, &options, devices, watch)?;

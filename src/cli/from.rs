@@ -126,6 +126,7 @@ impl Filling<'_> {
         self.take("height", height, |args, side| args.picture.height = Some(side))?;
         self.take("dtype", dtype, |args, dtype| args.model.dtype = dtype)?;
         self.take_images(settings)?;
+        settings.additions.fill_in(&mut self.args.model, self.is_given)?;
         let is_its_model = self.take_model(&settings.model)?;
         if !(self.is_given)("scheduler") {
             // The model's own stays the model's own.

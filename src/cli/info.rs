@@ -253,6 +253,7 @@ fn record_lines(record: &Settings, text: &mut String) {
     line(text, "weights hash", &model.weights_hash);
     model.encoder_hash.iter().for_each(|hash| line(text, "encoder hash", hash));
     line(text, "config hash", &model.config_hash);
+    record.additions.lines().iter().for_each(|(name, value)| line(text, name, value));
     line(text, "device", &record.device);
     record.kernel_path.iter().for_each(|path| line(text, "kernels", path));
     line(text, "key", record.key());

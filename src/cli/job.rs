@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::{CommandFactory, FromArgMatches};
 
+use super::additions;
 use super::args::{Args, ModelArgs, PictureArgs, RunArgs};
 use super::batch::{self, BatchJob};
 use super::command::{self, Word, usage};
@@ -27,7 +28,7 @@ use super::verify::{self, VerifyJob};
 use super::worker::{self, WorkerJob};
 use crate::backend::cpu;
 use crate::error::{Error, Result};
-use crate::pipeline::PromptSyntax;
+use crate::pipeline::{Additions, PromptSyntax};
 use crate::schedule::SchedulerKind;
 
 /// Pictures to make, and how.
@@ -51,6 +52,8 @@ pub struct Job {
     pub revision: Option<HubName>,
     /// The weights to prefer, such as `fp16`.
     pub variant: Option<HubName>,
+    /// Embeddings and LoRAs.
+    pub additions: Additions,
     /// `--offline`; the environment may say so too.
     pub offline: bool,
     /// The first picture's seed; the others follow without overflow.
@@ -239,6 +242,7 @@ impl Job {
             vae: model.vae.clone(),
             revision: model.revision.clone(),
             variant: model.variant.clone(),
+            additions: additions::of_flags(model)?,
             offline: model.offline,
             seed,
             steps: picture.steps,
@@ -300,6 +304,7 @@ pub(super) mod tests {
     use super::*;
     use crate::cli::values::Side;
     use crate::error::Kind;
+    use crate::weights::{EmbeddingFile, LoraFile};
 
     /// Words are separated by `|`.
     pub fn parse_words(words: &str, surroundings: &mut Fake) -> Result<Request> {
@@ -327,6 +332,7 @@ pub(super) mod tests {
             vae: None,
             revision: None,
             variant: None,
+            additions: Additions::default(),
             offline: false,
             seed: 7,
             steps: "25".parse().unwrap(),
@@ -354,7 +360,7 @@ pub(super) mod tests {
     fn each_flag_changes_what_it_names_and_nothing_else() {
         type Change = fn(&mut Job);
         let base = job_of("x");
-        let rows: [(&str, Change); 31] = [
+        let rows: [(&str, Change); 33] = [
             ("x|-n|", |job| job.negative_prompt = String::new()),
             ("--prompt|-- a --flag", |job| job.prompt = "-- a --flag".into()),
             ("--prompt|", |job| job.prompt = String::new()),
@@ -370,6 +376,18 @@ pub(super) mod tests {
             }),
             ("x|--vae|a.pt", |job| job.vae = Some(ModelSource::File("a.pt".into()))),
             ("x|--variant|fp16", |job| job.variant = Some("fp16".parse().unwrap())),
+            ("x|--lora|a.safetensors:0.5|--lora|b:c|--lora-skip-unmatched", |job| {
+                let lora = |path: &str, scale| LoraFile { path: path.into(), scale };
+                job.additions.loras = vec![lora("a.safetensors", 0.5), lora("b:c", 1.0)];
+                job.additions.skips_unmatched = true;
+            }),
+            ("x|--embedding|a.pt|--embedding|b=dir/c=.pt", |job| {
+                let file = |name: Option<&str>, path: &str| EmbeddingFile {
+                    name: name.map(str::to_owned),
+                    path: path.into(),
+                };
+                job.additions.embeddings = vec![file(None, "a.pt"), file(Some("b"), "dir/c=.pt")];
+            }),
             ("--offline|x", |job| job.offline = true),
             ("x|-s|42", |job| job.seed = 42),
             ("x|--seed|18446744073709551615", |job| job.seed = u64::MAX),
@@ -424,6 +442,7 @@ pub(super) mod tests {
             ("x|--count|0", "1 to 10000"),
             ("x|--clip-skip|-1", "0 to 100"),
             ("x|--prompt-syntax|comfy", "plain or a1111"),
+            ("x <lora:a:1>|--prompt-syntax|a1111", "the prompt: <lora:…> is not read in prompts"),
             ("(x:2000)|--prompt-syntax|a1111", "the prompt: \"x\" has the weight 2000"),
             ("x|-n|(y:-1e9)(y:-2000)|--prompt-syntax|a1111", "the negative prompt: \"y\" has"),
             ("x|-W|500", "a multiple of 8 from 8 to 4096; 496 and 504 are near"),
@@ -436,6 +455,10 @@ pub(super) mod tests {
             ("x|-s|-1", "for a random one leave it out"),
             ("x|-s|18446744073709551615|--count|2", "beyond the last seed"),
             ("x|--threads|0", "1..=1024"),
+            ("x|--lora|a:1e9", "from -100 to 100"),
+            ("x|--lora|", "FILE:SCALE"),
+            ("x|--lora-skip-unmatched", "--lora-skip-unmatched without --lora"),
+            ("x|--embedding|=a", "NAME=FILE"),
             ("x|--scheduler|eular", "did you mean euler?"),
             ("x|--dtype|f64", "one of auto, f32, f16, bf16"),
             ("x|--device|gpu", "one of auto, cpu"),

@@ -3,6 +3,7 @@
 //! This is the only module that sees the pipeline and the devices at once; it reaches both
 //! through [`Painter`].
 
+mod additions;
 mod args;
 mod batch;
 mod books;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 
+use super::additions::AdditionRecords;
 use super::device::DevicePlan;
 use super::identity::Pending;
 use super::interrupt;
@@ -26,11 +27,15 @@ use crate::weights::{Component, LoneVae, Model, Variant, choose, config_files, j
 /// # Errors
 /// If the model cannot be had or is not covered, or the device is not there.
 pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
+    // First: they are here, and the model may have to be downloaded.
+    let additions = AdditionRecords::of(&job.additions)?;
     let (model, variant) = model(&Wanted::of(job), progress)?;
     check_mode(pipeline::inpaints(&model)?, job)?;
     let plan = job.device.resolve()?;
-    let encodes = job.image.is_some();
-    let identify = || Pending::begin(model.clone(), variant.clone(), encodes);
+    let identify = || {
+        let identity = Pending::begin(model.clone(), variant.clone(), job.image.is_some())?;
+        Ok((identity, additions.clone()))
+    };
     open_on(job, &model, variant.as_ref(), &plan, &identify, progress)
 }
 
@@ -44,7 +49,7 @@ pub(super) fn open_on(
     model: &Model,
     variant: Option<&Variant>,
     device: &DevicePlan,
-    identify: &dyn Fn() -> Result<Pending>,
+    identify: &dyn Fn() -> Result<(Pending, AdditionRecords)>,
     progress: &dyn Progress,
 ) -> Result<Box<dyn Painter>> {
     let places = Places::open(device, job.cpu(), false, progress)?;
@@ -54,8 +59,9 @@ pub(super) fn open_on(
     let load = Load { model, variant, job, progress: &watch };
     let painter = text.on(WithText { unet, vae, load })?;
     watch.begin(None);
-    let (identity, device) = (identify()?, device.to_string());
-    Ok(Box::new(PlacedPainter { painter, places, identity, device, keeps_books: job.stats }))
+    let ((identity, additions), device) = (identify()?, device.to_string());
+    let keeps_books = job.stats;
+    Ok(Box::new(PlacedPainter { painter, places, identity, additions, device, keeps_books }))
 }
 
 /// Whether a model, of which it is known whether it `inpaints`, makes what the job asks for.
@@ -179,8 +185,13 @@ impl<T: Backend, U: Backend> OnBackend for WithVae<'_, T, U> {
     fn run<V: Backend>(self, vae: V::Device) -> Self::Output {
         let Self { text, unet, load: Load { model, variant, job, progress } } = self;
         let dtype = job.dtype.or(unet.default_dtype());
-        let (variant, scheduler) = (variant.cloned(), job.scheduler);
-        let options = LoadOptions { dtype, variant, scheduler, encodes: job.image.is_some() };
+        let options = LoadOptions {
+            dtype,
+            variant: variant.cloned(),
+            scheduler: job.scheduler,
+            encodes: job.image.is_some(),
+            additions: job.additions.clone(),
+        };
         let kernel_paths = [text.kernel_path(), unet.kernel_path(), vae.kernel_path()];
         let devices = Placement::<T, U, V> { text, unet, vae };
         let pipeline = Pipeline::load(model, &options, devices, progress)?;

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use candle_core::DType;
 
+use super::additions::AdditionRecords;
 use super::books::Books;
 use super::device::{DevicePlan, DeviceSpec};
 use super::identity::{Identity, Pending};
@@ -209,6 +210,8 @@ pub(super) struct PlacedPainter {
     pub places: Places,
     /// The model by its content.
     pub identity: Pending,
+    /// What is beside the model.
+    pub additions: AdditionRecords,
     /// The devices, without tokens.
     pub device: String,
     /// Whether each stage's figures are asked for.
@@ -244,6 +247,7 @@ impl Painter for PlacedPainter {
             encoder_hash,
             vae_hash,
             config_hash,
+            additions: self.additions.clone(),
             device: self.device.clone(),
             kernel_path: self.painter.kernel_path(),
         })

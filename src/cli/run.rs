@@ -211,6 +211,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
+    use crate::cli::additions::AdditionRecords;
     use crate::cli::{Process, Request, job::tests::job_of, parse, report};
     use crate::error::Error;
     use crate::progress::Event;
@@ -236,6 +237,7 @@ mod tests {
                 encoder_hash: None,
                 vae_hash: None,
                 config_hash: "11".repeat(32),
+                additions: AdditionRecords::default(),
                 device: "cpu".into(),
                 kernel_path: None,
             })

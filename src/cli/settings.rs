@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::additions::AdditionRecords;
 use super::inputs::InputFile;
 use super::job::Job;
 use super::model::ModelSource;
@@ -66,6 +67,9 @@ pub struct Settings {
     pub dtype: String,
     /// The model.
     pub model: ModelRecord,
+    /// Embeddings and LoRAs.
+    #[serde(default, skip_serializing_if = "AdditionRecords::is_empty")]
+    pub additions: AdditionRecords,
     /// Where it was computed, without tokens, such as `cpu` or `quic://host:4433`.
     pub device: String,
     /// Which kernels the device has, such as `avx512`; none where it does not say.
@@ -129,6 +133,8 @@ pub struct Provenance {
     pub vae_hash: Option<String>,
     /// See [`ModelRecord::config_hash`].
     pub config_hash: String,
+    /// See [`Settings::additions`].
+    pub additions: AdditionRecords,
     /// See [`Settings::device`].
     pub device: String,
     /// See [`Settings::kernel_path`].
@@ -171,6 +177,7 @@ impl Settings {
                 encoder_hash: image.and(provenance.encoder_hash),
                 config_hash: provenance.config_hash,
             },
+            additions: provenance.additions,
             device: provenance.device,
             kernel_path: provenance.kernel_path,
         }
@@ -179,9 +186,9 @@ impl Settings {
     /// BLAKE3-256, in hexadecimal digits, of what determines the picture: `pipeline`,
     /// `resolved_prompt`, `negative_prompt`, `seed`, `steps`, `guidance_scale`, `width`, `height`,
     /// `resolved_scheduler`, `dtype`, `weights_hash` and `config_hash`, and of what came later
-    /// (`prompt_syntax`, `clip_skip`; with an image `image` and `mask_image` by their content,
-    /// `strength`, and `encoder_hash`) whatever is not as it was before: the keys of older records
-    /// stay as they are.
+    /// (`prompt_syntax`, `clip_skip`, `additions`; with an image `image` and `mask_image` by their
+    /// content, `strength`, and `encoder_hash`) whatever is not as it was before: the keys of older
+    /// records stay as they are.
     ///
     /// Not in it: what only names these things (`prompt`, `scheduler`, the model's `source`,
     /// `revision`, `variant`, `config` and `vae`, where images were), who wrote it (`schema`,
@@ -219,6 +226,7 @@ impl Settings {
         if let Some(hash) = &self.model.encoder_hash {
             add("encoder_hash", hash.as_bytes());
         }
+        self.additions.key_parts().iter().for_each(|(name, value)| add(name, value));
         hasher.finalize().to_hex().to_string()
     }
 
@@ -252,6 +260,7 @@ fn plain() -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::cli::additions::{EmbeddingRecord, LoraRecord};
     use crate::cli::job::tests::job_of;
 
     pub fn settings() -> Settings {
@@ -263,6 +272,7 @@ pub(super) mod tests {
             encoder_hash: Some("ef".repeat(32)),
             vae_hash: None,
             config_hash: "cd".repeat(32),
+            additions: AdditionRecords::default(),
             device: "cpu".into(),
             kernel_path: Some("avx512".into()),
         };
@@ -325,6 +335,38 @@ pub(super) mod tests {
         assert_eq!(settings().key(), key);
     }
 
+    pub fn lora(file: &str, scale: f64, hash: &str) -> LoraRecord {
+        LoraRecord { file: file.into(), scale, hash: hash.into() }
+    }
+
+    pub fn embedding(name: &str, file: &str, hash: &str) -> EmbeddingRecord {
+        EmbeddingRecord { name: name.into(), file: file.into(), hash: hash.into() }
+    }
+
+    #[test]
+    fn the_key_of_additions_is_of_what_they_do_and_not_of_where_they_are() {
+        let with = |embeddings: &[EmbeddingRecord], loras: &[LoraRecord]| {
+            let (embeddings, loras) = (embeddings.to_vec(), loras.to_vec());
+            let additions = AdditionRecords { embeddings, loras, skips_unmatched: false };
+            let before = Settings { additions, ..settings() };
+            let after = Settings::from_json(&before.to_json()).unwrap();
+            assert_eq!(after, before);
+            after.key()
+        };
+        let base = with(&[embedding("a", "f", "1")], &[lora("f", 0.5, "2")]);
+        assert_eq!(with(&[embedding("a", "g", "1")], &[lora("g", 0.5, "2")]), base);
+        for other in [
+            with(&[embedding("b", "f", "1")], &[lora("f", 0.5, "2")]),
+            with(&[embedding("a", "f", "2")], &[lora("f", 0.5, "2")]),
+            with(&[embedding("a", "f", "1")], &[lora("f", 0.6, "2")]),
+            with(&[embedding("a", "f", "1")], &[lora("f", 0.5, "1")]),
+            with(&[embedding("a", "f", "1")], &[]),
+            with(&[], &[lora("f", 0.5, "2")]),
+        ] {
+            assert_ne!(other, base);
+        }
+    }
+
     #[test]
     fn the_key_changes_with_what_determines_the_picture_and_with_nothing_else() {
         type Change = fn(&mut Settings);
@@ -342,6 +384,8 @@ pub(super) mod tests {
                 |s| s.pipeline += 1,
                 |s| s.resolved_prompt.push(' '),
                 |s| s.clip_skip += 1,
+                |s| s.additions.loras.push(lora("a", 1.0, "12")),
+                |s| s.additions.embeddings.push(embedding("a", "b", "12")),
                 |s| s.prompt_syntax = "a1111".into(),
                 |s| s.negative_prompt.clear(),
                 |s| s.seed -= 1,

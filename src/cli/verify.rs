@@ -206,6 +206,7 @@ impl Answer<'_> {
                 ("encoder", settings.model.encoder_hash.clone().unwrap_or_default()),
                 ("weights", settings.model.weights_hash.clone()),
                 ("configuration", settings.model.config_hash.clone()),
+                ("additions", settings.additions.summary()),
                 ("version", version.clone()),
                 ("pipeline", number(*pipeline)),
                 ("scheduler", resolved_scheduler.clone()),

@@ -115,6 +115,21 @@ impl<B: Backend> TextEncoder<B> {
         })
     }
 
+    /// Adds embeddings (tokens, hidden_size) behind those of the vocabulary.
+    ///
+    /// # Errors
+    /// If they have another width, or the device fails.
+    pub fn add_tokens(&mut self, embeddings: &Tensor<B>) -> Result<()> {
+        let embeddings = embeddings.to_dtype(self.token_embedding.dtype())?;
+        self.token_embedding = Tensor::cat(&[&self.token_embedding, &embeddings], 0)?;
+        Ok(())
+    }
+
+    /// How many different tokens there are, with those that were added.
+    pub fn tokens(&self) -> usize {
+        self.token_embedding.dims().first().copied().unwrap_or(0)
+    }
+
     /// Token ids (batch, tokens), u32, to text embeddings (batch, tokens, hidden_size): what
     /// transformers calls `last_hidden_state`.
     ///

@@ -7,7 +7,7 @@ use candle_core::DType;
 use candle_core::backend::BackendDevice;
 
 use super::prompts::Embeddings;
-use super::{Pipeline, Placement};
+use super::{Additions, Pipeline, Placement};
 use crate::backend::{Backend, Device};
 use crate::error::{Error, Result};
 use crate::image::ImageSize;
@@ -18,7 +18,9 @@ use crate::nn::Loader;
 use crate::progress::{Event, Progress};
 use crate::schedule::{SchedulerConfig, SchedulerKind};
 use crate::tokenizer::Tokenizer;
-use crate::weights::{Checkpoint, Component, Model, TokenizerFiles, Variant, names};
+use crate::weights::{
+    Checkpoint, Component, ComponentChanges, Model, TokenizerFiles, Variant, names,
+};
 
 /// How a model is loaded.
 #[derive(Debug, Clone)]
@@ -31,6 +33,8 @@ pub struct LoadOptions {
     pub scheduler: Option<SchedulerKind>,
     /// Whether pictures begin with images, which the VAE must encode.
     pub encodes: bool,
+    /// What is not the model's.
+    pub additions: Additions,
 }
 
 impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
@@ -50,7 +54,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             Some(kind) => scheduler_config.for_scheduler(kind)?,
             None => scheduler_config.scheduler()?,
         };
-        let tokenizer = match model.tokenizer() {
+        let mut tokenizer = match model.tokenizer() {
             TokenizerFiles::Folder(folder) => Tokenizer::open(&folder)?,
             TokenizerFiles::Clip { pad_token } => Tokenizer::clip(pad_token)?,
         };
@@ -61,9 +65,12 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         if options.encodes {
             vae.check_encodes()?;
         }
+        let words = options.additions.words(&mut tokenizer, &text)?;
         let mut loading = Loading::new(model, options, progress)?;
         loading.announce(&devices)?;
-        let load_text = |loader: Loader<'_, T>| TextEncoder::load(text, loader);
+        let load_text = |loader: Loader<'_, T>| {
+            words.add_to(TextEncoder::load(text, loader)?, options.dtype, &devices.text)
+        };
         let text_encoder = loading.component(Component::TextEncoder, &devices.text, load_text)?;
         let unet =
             loading.component(Component::Unet, &devices.unet, |loader| UNet::load(unet, loader))?;
@@ -162,6 +169,7 @@ fn check_fit(
 struct Loading<'a> {
     /// Those that are not loaded yet, in the order of use.
     checkpoints: Vec<(Component, Checkpoint)>,
+    changes: ComponentChanges,
     dtype: DType,
     encodes: bool,
     progress: &'a dyn Progress,
@@ -174,8 +182,9 @@ impl<'a> Loading<'a> {
         };
         let [text, unet, vae] = Component::ALL.map(open);
         let checkpoints = vec![text?, unet?, vae?];
+        let changes = options.additions.changes(&checkpoints, progress)?;
         let &LoadOptions { dtype, encodes, .. } = options;
-        Ok(Self { checkpoints, dtype, encodes, progress })
+        Ok(Self { checkpoints, changes, dtype, encodes, progress })
     }
 
     /// Names all weights of a device at once, so that a remote one asks once for all of them.
@@ -195,20 +204,26 @@ impl<'a> Loading<'a> {
     /// The weights of the components that are `chosen`.
     fn announce_on<B: Backend>(&self, device: &B::Device, chosen: [bool; 3]) -> Result<()> {
         let chosen = self.checkpoints.iter().zip(chosen).filter(|(_, is_chosen)| *is_chosen);
-        let used = chosen.flat_map(|((component, checkpoint), _)| {
+        let chosen: Vec<_> = chosen.map(|(checkpoint, _)| checkpoint).collect();
+        let used = chosen.iter().flat_map(|(component, checkpoint)| {
             let is_used = |name: &str| self.encodes || names::is_used(*component, name);
             checkpoint.iter().filter(move |(name, _)| is_used(name))
         });
         let tensors: Vec<_> = used.map(|(_, tensor)| tensor).collect();
-        if tensors.is_empty() {
-            return Ok(());
-        }
-        device.announce(&tensors, self.dtype, &mut |done, total| {
-            if total > 0 {
-                self.progress.report(Event::Sending { done, total });
+        let factors = chosen.iter().flat_map(|(component, _)| self.changes.factors(*component));
+        let factors: Vec<_> = factors.collect();
+        for (tensors, dtype) in [(tensors, self.dtype), (factors, DType::F32)] {
+            if tensors.is_empty() {
+                continue;
             }
-            self.progress.check()
-        })
+            device.announce(&tensors, dtype, &mut |done, total| {
+                if total > 0 {
+                    self.progress.report(Event::Sending { done, total });
+                }
+                self.progress.check()
+            })?;
+        }
+        Ok(())
     }
 
     /// Loads a component, and lets go of its file: what was read of that is memory, too.
@@ -230,7 +245,8 @@ impl<'a> Loading<'a> {
             self.progress.check()
         };
         loaded(0)?;
-        let model = load(Loader::new(&checkpoint, device, self.dtype, &mut loaded))
+        let loader = Loader::new(&checkpoint, device, self.dtype, &mut loaded);
+        let model = load(loader.with_changes(self.changes.of(component)))
             .map_err(|error| error.context(name))?;
         // What no picture needs was not taken.
         self.progress.report(Event::Loading { component: name, done: total, total });

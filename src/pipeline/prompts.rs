@@ -262,7 +262,7 @@ fn emphasized<B: Backend>(embeddings: &Tensor<B>, weights: &Tensor<B>) -> Result
 }
 
 fn check_ids<B: Backend>(ids: &[u32], text_encoder: &TextEncoder<B>) -> Result<()> {
-    let vocab_size = text_encoder.config.vocab_size;
+    let vocab_size = text_encoder.tokens();
     match ids.iter().find(|id| **id as usize >= vocab_size) {
         Some(id) => Err(Error::model(format!(
             "the parts of this model do not fit: the tokenizer's id {id} is beyond \

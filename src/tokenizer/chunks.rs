@@ -4,8 +4,8 @@
 
 use std::str::FromStr;
 
-use super::Tokenizer;
 use super::emphasis::{self, Part};
+use super::{Rows, Tokenizer};
 use crate::error::{Error, Result};
 
 /// Most chunks of a prompt: the attention of every step looks at all of them.
@@ -15,6 +15,9 @@ const MAX_CHUNKS: usize = 64;
 const COMMA_BACKTRACK: usize = 20;
 /// The comma as a word of its own.
 const COMMA: &str = ",</w>";
+
+/// What AUTOMATIC1111 takes out of prompts: read as words it would be another picture.
+const NETWORKS: [&str; 3] = ["<lora:", "<lyco:", "<hypernet:"];
 
 /// How a prompt is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -38,11 +41,18 @@ impl Syntax {
     /// Whether a prompt can be read so, as far as that needs no vocabulary.
     ///
     /// # Errors
-    /// If a weight in it is too large.
+    /// If a weight in it is too large, or it names a LoRA.
     pub fn check(self, prompt: &str) -> Result<()> {
         match self {
             Syntax::Plain => Ok(()),
-            Syntax::A1111 => emphasis::parts(prompt).map(drop),
+            Syntax::A1111 => {
+                if let Some(found) = NETWORKS.iter().find(|name| prompt.contains(**name)) {
+                    return Err(Error::usage(format!(
+                        "{found}…> is not read in prompts; leave it out, and give --lora FILE:SCALE"
+                    )));
+                }
+                emphasis::parts(prompt).map(drop)
+            }
         }
     }
 }
@@ -101,8 +111,8 @@ impl Tokenizer {
             match part {
                 Part::Break => filling.next_chunk()?,
                 Part::Text(text, weight) => {
-                    for id in self.tokens(&text)? {
-                        filling.push(id, weight as f32)?;
+                    for token in self.tokens(&text)? {
+                        filling.push(token, weight as f32)?;
                     }
                 }
             }
@@ -130,8 +140,8 @@ impl<'a> Filling<'a> {
         Self { tokenizer, comma, room, done: vec![], tokens: vec![], last_comma: None }
     }
 
-    fn push(&mut self, id: u32, weight: f32) -> Result<()> {
-        if Some(id) == self.comma {
+    fn push(&mut self, token: Rows, weight: f32) -> Result<()> {
+        if Some(token.first) == self.comma {
             self.last_comma = Some(self.tokens.len());
         } else if self.tokens.len() == self.room
             && let Some(comma) = self.last_comma
@@ -141,10 +151,11 @@ impl<'a> Filling<'a> {
             self.next_chunk()?;
             self.tokens = behind;
         }
-        if self.tokens.len() >= self.room {
+        // An embedding stays in one piece.
+        if self.tokens.len().saturating_add(token.count as usize) > self.room {
             self.next_chunk()?;
         }
-        self.tokens.push((id, weight));
+        self.tokens.extend(token.ids().map(|id| (id, weight)));
         Ok(())
     }
 

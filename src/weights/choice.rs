@@ -18,7 +18,7 @@ const MAX_SHARDS: usize = 1024;
 const MAX_FILE_NAME_LEN: usize = 255;
 
 /// A part of the model with weights of its own: a folder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Component {
     /// CLIP's text model.
     TextEncoder,

@@ -2,12 +2,14 @@
 //! files that say how they are used. Separate because it makes nothing of what it reads, and
 //! because the same weights in another kind of file are the same model.
 
+use std::path::Path;
+
 use candle_core::DType;
 use rayon::prelude::*;
 use serde_json::Value;
 
 use super::choice::tokenizer_files;
-use super::{Checkpoint, Component, Model, TokenizerFiles, Variant, json, names};
+use super::{Checkpoint, Component, Model, TokenizerFiles, Variant, bytes, json, names};
 use crate::backend::host::HostTensor;
 use crate::error::{Error, Result};
 
@@ -127,6 +129,17 @@ pub fn config_hash(model: &Model) -> Result<String> {
             false => add(name, &bytes),
         }
     }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// BLAKE3-256 of a file, in hexadecimal digits.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn file_hash(path: &Path) -> Result<String> {
+    let (file, _) = bytes::map(path)?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_rayon((*file).as_ref());
     Ok(hasher.finalize().to_hex().to_string())
 }
 

@@ -11,9 +11,11 @@ use std::collections::btree_map::Entry;
 use std::path::Path;
 
 pub use choice::{Choice, Component, Format, Variant, choose, config_files};
+pub use embedding::{Embedding, EmbeddingFile};
 pub use folder::ModelFolder;
-pub use identity::{UsedTensors, config_hash};
+pub use identity::{UsedTensors, config_hash, file_hash};
 pub use lone_vae::LoneVae;
+pub use lora::{Changes, ComponentChanges, LoraFile, LowRank, Unmatched};
 pub use mismatch::Mismatch;
 pub use model::{Model, WeightFile};
 pub use single::{SingleFile, TokenizerFiles};
@@ -23,11 +25,13 @@ use crate::error::{Error, Result};
 
 mod bytes;
 mod choice;
+mod embedding;
 mod folder;
 pub mod hub;
 mod identity;
 pub mod json;
 mod lone_vae;
+mod lora;
 mod mismatch;
 mod model;
 pub mod names;

@@ -6,6 +6,7 @@
 //! a check, keeps the last of two tensors of one name, and reports a dtype that it does not know
 //! without the tensor that has it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use candle_core::{DType, Layout, Shape};
@@ -57,6 +58,17 @@ pub fn read(file: &SharedBytes) -> Result<Checkpoint> {
         )));
     }
     Ok(checkpoint)
+}
+
+/// What the header says beside tensors, as names and texts; nothing if it cannot be read so.
+pub fn metadata(file: &SharedBytes) -> BTreeMap<String, String> {
+    #[derive(Deserialize, Default)]
+    struct WithMetadata {
+        #[serde(rename = "__metadata__", default)]
+        metadata: BTreeMap<String, String>,
+    }
+    let header = split((**file).as_ref()).map(|(header, _)| header).unwrap_or_default();
+    serde_json::from_slice::<WithMetadata>(header).unwrap_or_default().metadata
 }
 
 /// The header, and where the elements begin.

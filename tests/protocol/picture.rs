@@ -10,7 +10,7 @@ use candle_core::DType;
 use tiny_sd::Result;
 use tiny_sd::backend::{Backend, HostTensor, cpu};
 use tiny_sd::image::{ImageSize, Picture};
-use tiny_sd::pipeline::{LoadOptions, PictureRequest, Pipeline, Placement, TextOptions};
+use tiny_sd::pipeline::{Additions, LoadOptions, PictureRequest, Pipeline, Placement, TextOptions};
 use tiny_sd::progress::{Event, Progress, Silent};
 use tiny_sd::remote::client::Statistics;
 use tiny_sd::remote::library::Library;
@@ -41,6 +41,7 @@ fn paint<B: Backend>(
         variant: None,
         scheduler: Some(scheduler),
         encodes: false,
+        additions: Additions::default(),
     };
     let pipeline = Pipeline::<B>::load(&folder()?, &options, Placement::whole(device), &Silent)?;
     let request = PictureRequest { guidance_scale, ..request(steps, None) };
@@ -111,7 +112,13 @@ fn previews<B: Backend>(device: &B::Device) -> Result<Vec<(usize, Picture)>> {
             Ok(())
         }
     }
-    let options = LoadOptions { dtype: DType::F32, variant: None, scheduler: None, encodes: false };
+    let options = LoadOptions {
+        dtype: DType::F32,
+        variant: None,
+        scheduler: None,
+        encodes: false,
+        additions: Additions::default(),
+    };
     let pipeline = Pipeline::load(&folder()?, &options, Placement::<B>::whole(device), &Silent)?;
     let request = request(10, NonZeroUsize::new(3));
     let seen = Seen::default();
@@ -134,7 +141,13 @@ fn nothing_but_inputs_varies_between_the_steps_of_a_unet() -> Result<()> {
 #[test]
 fn a_step_that_is_done_is_told_before_the_next_is_computed() -> Result<()> {
     let device = cpu::Device::with_threads(1)?;
-    let options = LoadOptions { dtype: DType::F32, variant: None, scheduler: None, encodes: false };
+    let options = LoadOptions {
+        dtype: DType::F32,
+        variant: None,
+        scheduler: None,
+        encodes: false,
+        additions: Additions::default(),
+    };
     let place = Placement::<cpu::Storage>::whole(&device);
     let pipeline = Pipeline::load(&folder()?, &options, place, &Silent)?;
     let told = Told::default();

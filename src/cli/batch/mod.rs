@@ -22,6 +22,7 @@ use manifest::Manifest;
 use report::Report;
 use runner::{Queue, Runner, Work};
 
+use super::additions::AdditionRecords;
 use super::books;
 use super::command::usage;
 use super::device::DevicePlan;
@@ -158,6 +159,8 @@ fn run(batch: &BatchJob, stream: &Stream) -> Result<ExitCode> {
     let Some(first) = batch.tasks.first() else { return Ok(ExitCode::SUCCESS) };
     let device = names.first().map_or("", String::as_str);
     let teller = Teller { stream, device, pictures: &[], progress: &display };
+    // First: they are here, and the model may have to be downloaded.
+    let additions = AdditionRecords::of(&first.job.additions)?;
     let (model, variant) = painter::model(&Wanted::of(&first.job), &teller)?;
     let outline = Outline::of(&model)?;
     let job = common(&batch.tasks, &first.job, outline.scheduler)?;
@@ -167,7 +170,7 @@ fn run(batch: &BatchJob, stream: &Stream) -> Result<ExitCode> {
             .map_err(|error| error.context(format!("line {line}")))?;
     }
     let identity = Identity::of(&model, variant.as_ref(), job.image.is_some())?;
-    let known = Known::new(&job, &outline, &identity);
+    let known = Known::new(&job, &outline, &identity, &additions);
     let mut report = Report::new(batch, &display, stream, outline.size);
     let mut waiting = Vec::new();
     for task in &batch.tasks {
@@ -182,7 +185,7 @@ fn run(batch: &BatchJob, stream: &Stream) -> Result<ExitCode> {
     stream.tell(&Event::Batch { pictures, skipped, devices: &names });
     report.tell_skipped();
     let open = |device: &DevicePlan, progress: &dyn Progress| {
-        let identify = || Ok(Pending::known(identity.clone()));
+        let identify = || Ok((Pending::known(identity.clone()), additions.clone()));
         painter::open_on(&job, &model, variant.as_ref(), device, &identify, progress)
     };
     let runner = Runner {
@@ -255,7 +258,7 @@ struct Known {
 }
 
 impl Known {
-    fn new(job: &Job, outline: &Outline, identity: &Identity) -> Self {
+    fn new(job: &Job, outline: &Outline, identity: &Identity, additions: &AdditionRecords) -> Self {
         let Identity { weights_hash, encoder_hash, vae_hash, config_hash } = identity.clone();
         let provenance = Provenance {
             scheduler: outline.scheduler.map_or("", SchedulerKind::name).into(),
@@ -264,6 +267,7 @@ impl Known {
             encoder_hash,
             vae_hash,
             config_hash,
+            additions: additions.clone(),
             // No part of the hash.
             device: String::new(),
             kernel_path: None,

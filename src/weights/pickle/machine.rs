@@ -27,6 +27,8 @@ const MAX_OBJECTS: usize = 1 << 20;
 const MAX_KEY_LEN: usize = 64;
 /// The key under which training checkpoints have their tensors.
 const STATE_DICT: &str = "state_dict";
+/// The key under which AUTOMATIC1111's embeddings have theirs.
+const STRING_TO_PARAM: &str = "string_to_param";
 /// Most state_dicts within each other.
 const MAX_NESTED: usize = 4;
 
@@ -54,7 +56,7 @@ pub(super) struct Storage<'p> {
 pub(super) type Entry<'p> = (&'p str, Result<StoredTensor<'p>>);
 
 /// The tensors of a pickled state_dict with their names, in the order of the file: of the
-/// dictionary at its top, or of the one that this has as `state_dict`.
+/// dictionary at its top, or of the one that this has as `state_dict` or `string_to_param`.
 ///
 /// # Errors
 /// If the pickle is damaged, uses what state_dicts do not, or there is no such dictionary.
@@ -412,7 +414,7 @@ impl<'p> Machine<'p> {
         for _ in 0..MAX_NESTED {
             let Some(Object::Dict(items)) = self.object(dict) else { break };
             let is_it = |(key, value): &&(Value<'p>, Value<'p>)| {
-                matches!(key, Value::Text(STATE_DICT))
+                matches!(key, Value::Text(STATE_DICT | STRING_TO_PARAM))
                     && matches!(self.object(*value), Some(Object::Dict(_)))
             };
             match items.iter().find(is_it) {

@@ -8,6 +8,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::cli::Request;
+use crate::cli::additions::AdditionRecords;
 use crate::cli::events::{Stream, Told};
 use crate::cli::job::tests::{Fake, parse_words};
 use crate::cli::settings::Provenance;
@@ -44,6 +45,7 @@ impl Painter for Mortal {
             weights_hash: text(),
             vae_hash: None,
             config_hash: text(),
+            additions: AdditionRecords::default(),
             device: text(),
             kernel_path: None,
         })
