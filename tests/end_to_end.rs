@@ -79,7 +79,7 @@ pub fn read_png(path: &Path) -> (Vec<u8>, String) {
 }
 
 /// The record that a picture carries.
-fn record(path: &Path) -> Settings {
+pub fn record(path: &Path) -> Settings {
     let file = BufReader::new(fs::File::open(path).unwrap());
     let reader = png::Decoder::new(file).read_info().unwrap();
     let chunk = reader.info().utf8_text.iter().find(|chunk| chunk.keyword == "tiny-sd").unwrap();

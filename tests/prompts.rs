@@ -217,3 +217,46 @@ fn a_worker_makes_pictures_of_any_number_of_chunks_bit_for_bit() {
     };
     assert!(paint("cpu") == paint("mock"));
 }
+
+#[test]
+fn each_picture_of_alternatives_records_what_its_seed_chose_and_is_made_again() {
+    use super::end_to_end::{check_failure, model, read_png, record, run};
+    let folder = tempfile::TempDir::new().unwrap();
+    let lists = folder.path().join("lists");
+    std::fs::create_dir(&lists).unwrap();
+    std::fs::write(lists.join("animal.txt"), "fox\ncat\n{old|young} owl\n").unwrap();
+    let model = model("tiny");
+    let model = model.to_str().unwrap();
+    let paint = |words: &[&str]| {
+        let output = run(folder.path(), words, &[]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let prompt = "a {red|blue} __animal__";
+    let words = [prompt, "-n", "{fog|rain}", "--wildcards", "lists", "--count", "6", "-s", "1"];
+    paint(&[&words[..], &["--steps", "1", "-o", "x.png", "-m", model]].concat());
+    let names: Vec<_> = (1..=6).map(|index| format!("x-{index}.png")).collect();
+    let mut found = std::collections::BTreeSet::new();
+    for name in &names {
+        let record = record(&folder.path().join(name));
+        assert_eq!((&*record.prompt, &*record.negative_prompt), (prompt, "{fog|rain}"));
+        let resolved = record.resolved_prompt.strip_prefix("a ").unwrap();
+        assert!(resolved.starts_with("red ") || resolved.starts_with("blue "), "{resolved}");
+        let animal = resolved.split_once(' ').unwrap().1;
+        assert!(["fox", "cat", "old owl", "young owl"].contains(&animal), "{resolved}");
+        let negative = record.resolved_negative_prompt.unwrap();
+        assert!(["fog", "rain"].contains(&&*negative), "{negative}");
+        let (_, parameters) = read_png(&folder.path().join(name));
+        assert!(parameters.starts_with(&format!("a {resolved}\nNegative prompt: {negative}\n")));
+        found.insert(resolved.to_owned());
+    }
+    assert!(found.len() > 2, "{found:?}");
+    // Nothing is chosen again: the files are not asked for.
+    std::fs::remove_dir_all(&lists).unwrap();
+    assert_eq!(paint(&["verify", "-q", "x-2.png"]), "x-2.png: bit-exact\n");
+    paint(&["--from", "x-2.png", "-q", "-o", "again.png"]);
+    let pixels = |name: &str| read_png(&folder.path().join(name)).0;
+    assert!(pixels("again.png") == pixels("x-2.png") && pixels("x-2.png") != pixels("x-3.png"));
+    let parts = ["the prompt: __none__ (", "there is no such file"];
+    check_failure("no file", &["__none__", "--wildcards", "lists"], 2, &parts, &[]);
+}

@@ -77,6 +77,18 @@ pub(super) struct PictureArgs {
     #[arg(long, value_name = "SYNTAX", default_value = "plain")]
     pub prompt_syntax: PromptSyntax,
 
+    /// Folder of files for __name__ in prompts: each picture's seed chooses a line
+    ///
+    /// __color__ is a line of color.txt, __a/b__ one of a/b.txt. Lines may have {red|blue},
+    /// weights ({2::red|blue}) and other names. {red|blue} is also read with --prompt-syntax
+    /// a1111; elsewhere braces are text. \{ is a brace.
+    #[arg(long, value_name = "DIR")]
+    pub wildcards: Option<PathBuf>,
+
+    /// Which prompts were chosen already: those of a picture's record.
+    #[arg(skip)]
+    pub chosen: Chosen,
+
     /// Where the picture goes: a .png, .jpg or .webp file, a folder, or - for standard output
     ///
     /// The suffix is the format: PNG and WebP keep every bit, JPEG has quality 95 and full colour.
@@ -143,6 +155,15 @@ pub(super) struct PictureArgs {
     #[arg(long, value_name = "N", default_value = "1", allow_negative_numbers = true)]
     #[arg(alias = "n-iter")]
     pub count: Count,
+}
+
+/// Which prompts have no alternatives any more, whatever they look like.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Chosen {
+    /// The prompt.
+    pub prompt: bool,
+    /// The negative prompt.
+    pub negative_prompt: bool,
 }
 
 /// The model, and where it is computed: the same for all pictures of a run.
@@ -289,6 +310,7 @@ Examples:
   echo \"a red fox\" | tiny-sd -                   the prompt from standard input
   tiny-sd \"a fox\" -n \"blurry, text\"              --negative-prompt
   tiny-sd \"a (red:1.3) fox\" --prompt-syntax a1111
+  tiny-sd \"a {red|blue} __animal__\" --wildcards ./lists --count 4
   tiny-sd \"a fox\" -o - | display                 --output to a pipe
   tiny-sd \"a fox\" -o \"fox-{seed}.png\"            --output with the seed in its name
   tiny-sd \"a fox\" -o fox.jpg                    a JPEG; .webp is smaller than .png

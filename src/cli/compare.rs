@@ -243,7 +243,8 @@ impl Run<'_> {
         *watch.stage() = Stage::Text;
         let size = job.picture_size(pipeline.default_size());
         let images = job.image.as_ref().map(|image| image.load(size)).transpose()?;
-        let request = picture_request(job, job.seed, size, images.as_ref())?;
+        let texts = job.texts(job.seed);
+        let request = picture_request(job, &texts, job.seed, size, images.as_ref())?;
         pipeline.paint(&request, watch).map(drop)
     }
 }

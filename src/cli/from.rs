@@ -110,7 +110,7 @@ impl Filling<'_> {
     /// If a value cannot be one of a flag.
     pub fn take_record(&mut self, settings: &Settings) -> Result<()> {
         let Settings { steps, guidance_scale, width, height, seed, dtype, .. } = settings;
-        self.take_prompts(&settings.resolved_prompt, &settings.negative_prompt);
+        self.take_prompts(&settings.resolved_prompt, settings.given_negative_prompt());
         if !(self.is_given)("seed") {
             self.args.picture.seed = Some(*seed);
         }
@@ -209,9 +209,11 @@ impl Filling<'_> {
         let Args { words, after_dashes, picture, .. } = &mut *self.args;
         if words.is_empty() && after_dashes.is_empty() && picture.prompt.is_none() {
             picture.prompt = Some(prompt.to_owned());
+            picture.chosen.prompt = true;
         }
         if !(self.is_given)("negative_prompt") {
             negative_prompt.clone_into(&mut picture.negative_prompt);
+            picture.chosen.negative_prompt = true;
         }
     }
 
@@ -341,7 +343,7 @@ fn is_ours(found: &Infotext) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::cli::job::tests::{Fake, job_of, parse_words};
     use crate::cli::settings::tests::settings;
@@ -354,7 +356,7 @@ mod tests {
     }
 
     /// A picture that carries the record.
-    fn with_record(record: &str) -> Vec<u8> {
+    pub fn with_record(record: &str) -> Vec<u8> {
         let parameters = Parameters {
             prompt: "not read".into(),
             negative_prompt: String::new(),
@@ -381,7 +383,7 @@ mod tests {
         file
     }
 
-    fn from(file: Vec<u8>, words: &str) -> std::result::Result<Job, String> {
+    pub fn from(file: Vec<u8>, words: &str) -> std::result::Result<Job, String> {
         let there = vec![("x.png", At::File)];
         let mut fake = Fake { there, files: vec![("x.png", file)], ..Fake::default() };
         match parse_words(&format!("--from|x.png{words}"), &mut fake) {

@@ -224,6 +224,9 @@ fn record_lines(record: &Settings, text: &mut String) {
         line(text, "resolved prompt", &record.resolved_prompt);
     }
     line(text, "negative prompt", &record.negative_prompt);
+    if let Some(resolved) = &record.resolved_negative_prompt {
+        line(text, "its resolved one", resolved);
+    }
     line(text, "prompt syntax", &record.prompt_syntax);
     if record.clip_skip > 0 {
         line(text, "clip skip", record.clip_skip);

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use clap::{CommandFactory, FromArgMatches};
 
 use super::additions;
+use super::alternatives::Wildcards;
 use super::args::{Args, ModelArgs, PictureArgs, RunArgs};
 use super::batch::{self, BatchJob};
 use super::command::{self, Word, usage};
@@ -21,6 +22,7 @@ use super::model::{HubName, ModelSource};
 use super::output::OutputPlan;
 use super::prompt::{check, given_prompt, prompt_of_stdin};
 use super::surroundings::Surroundings;
+use super::texts::Alternatives;
 use super::values::{
     BatchSize, ClipSkip, Count, DtypeChoice, GuidanceScale, SizeRequest, Steps, Verbosity,
 };
@@ -38,6 +40,8 @@ pub struct Job {
     pub prompt: String,
     /// What they should not show; empty for nothing.
     pub negative_prompt: String,
+    /// What of both each seed chooses; none where there is nothing to choose.
+    pub alternatives: Alternatives,
     /// How both are read.
     pub prompt_syntax: PromptSyntax,
     /// Layers of the text encoder that are left out.
@@ -182,6 +186,7 @@ pub(super) fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result
     let seed = picture.seed.unwrap_or_else(|| surroundings.random_seed());
     let image = Inputs::new(surroundings).request(&picture)?;
     let choice = Choice { seed, output, device, image };
+    let (folder, chosen) = (picture.wildcards.clone(), picture.chosen);
     let mut job = Job::new(picture, &model, &run, choice)?;
     // Last, so that nothing is waited for before an error that was there all along.
     job.prompt = match prompt {
@@ -189,6 +194,7 @@ pub(super) fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result
         None => prompt_of_stdin(surroundings)?,
     };
     check("the prompt", &job.prompt, job.prompt_syntax)?;
+    job.read_alternatives(folder.as_deref(), chosen, &mut Wildcards::new(surroundings))?;
     Ok(job)
 }
 
@@ -235,6 +241,7 @@ impl Job {
         Ok(Self {
             prompt,
             negative_prompt: picture.negative_prompt,
+            alternatives: Alternatives::default(),
             prompt_syntax: picture.prompt_syntax,
             clip_skip: picture.clip_skip,
             model: model.model.clone(),
@@ -325,6 +332,7 @@ pub(super) mod tests {
         let expected = Job {
             prompt: "a fox".into(),
             negative_prompt: String::new(),
+            alternatives: Alternatives::default(),
             prompt_syntax: PromptSyntax::Plain,
             clip_skip: "0".parse().unwrap(),
             model: ModelSource::Hub("segmind/tiny-sd".into()),
@@ -481,30 +489,6 @@ pub(super) mod tests {
             let message = error.to_string();
             assert_eq!(error.kind(), Kind::Usage, "{message}");
             assert!(message.contains(expected) && !message.contains('\n'), "{words}: {message}");
-        }
-    }
-
-    #[test]
-    fn standard_input_is_the_prompt_only_where_it_is_asked_for_or_nothing_else_is() {
-        let too_long = vec![b'a'; MAX_PROMPT_BYTES + 1];
-        for (words, stdin, expected) in [
-            ("-", &b"a fox\n"[..], Ok("a fox")),
-            ("", b"\xef\xbb\xbfa\r\nfox\r\n", Ok("a\r\nfox")),
-            ("x", b"not read", Ok("x")),
-            ("--prompt|-", b"not read", Ok("-")),
-            ("--|-", b"not read", Ok("-")),
-            ("", b"", Err("is empty")),
-            ("-", b"\n", Err("is empty")),
-            ("-", b"ab\xff", Err("not UTF-8: byte 2")),
-            ("-", &too_long, Err("longer than 65536 bytes")),
-        ] {
-            let mut fake = Fake { stdin: Some(stdin.to_vec()), ..Fake::default() };
-            match (parse_words(words, &mut fake), expected) {
-                (Ok(Request::Paint(job)), Ok(prompt)) => assert_eq!(job.prompt, prompt),
-                (Err(error), Err(expected)) => assert!(error.to_string().contains(expected)),
-                (parsed, _) => panic!("{words:?} with {stdin:?} gave {parsed:?}"),
-            }
-            assert_eq!(fake.stdin.is_some(), stdin == b"not read");
         }
     }
 

@@ -4,6 +4,7 @@
 //! through [`Painter`].
 
 mod additions;
+mod alternatives;
 mod args;
 mod batch;
 mod books;
@@ -30,6 +31,7 @@ mod remote;
 mod run;
 mod settings;
 mod surroundings;
+mod texts;
 mod values;
 mod verify;
 mod worker;

@@ -10,6 +10,7 @@ use super::output::Target;
 use super::previews::Previews;
 use super::run::Painter;
 use super::settings::Settings;
+use super::texts::Texts;
 use crate::error::Result;
 use crate::image::{FileFormat, ImageSize, Parameters, Picture};
 use crate::pipeline::{PictureRequest, TextOptions};
@@ -50,7 +51,8 @@ impl Job {
     /// Whether its pictures can be made together with another job's, on a model that was trained
     /// for `default`: what it is of pictures, with the images that nobody has read yet.
     pub(super) fn goes_with(&self, other: &Self, default: ImageSize) -> bool {
-        let request = |job| picture_request(job, 0, self.picture_size(default), None);
+        let (texts, size) = (Texts::default(), self.picture_size(default));
+        let request = |job| picture_request(job, &texts, 0, size, None);
         let are_alike = match (request(self), request(other)) {
             (Ok(one), Ok(other)) => one.goes_with(&other),
             (Err(_), _) | (_, Err(_)) => false,
@@ -74,9 +76,11 @@ pub(super) fn paint(
     let size = orders.first().map_or(default, |first| first.job.picture_size(default));
     let images = orders.first().and_then(|first| first.job.image.as_ref());
     let images = images.map(|images| images.load(size)).transpose()?;
+    let texts: Vec<_> = orders.iter().map(|order| order.job.texts(order.seed)).collect();
     let requests = orders
         .iter()
-        .map(|order| picture_request(order.job, order.seed, size, images.as_ref()))
+        .zip(&texts)
+        .map(|(order, texts)| picture_request(order.job, texts, order.seed, size, images.as_ref()))
         .collect::<Result<Vec<_>>>()?;
     let tell = |index, step, file: &Path| teller.preview(index, step, &file.to_string_lossy());
     let targets = orders.iter().map(|order| order.preview.clone());
@@ -90,8 +94,8 @@ pub(super) fn paint(
         let Order { job, seed, format, .. } = *order;
         let sampler = job.scheduler.map_or(painter.sampler(), |kind| kind.label());
         let parameters = Parameters {
-            prompt: job.prompt.clone(),
-            negative_prompt: job.negative_prompt.clone(),
+            prompt: request.prompt.to_owned(),
+            negative_prompt: request.negative_prompt.to_owned(),
             steps: request.steps,
             sampler: sampler.to_owned(),
             guidance_scale: request.guidance_scale,
@@ -108,19 +112,20 @@ pub(super) fn paint(
     orders.iter().zip(&requests).zip(&painted).map(finish).collect()
 }
 
-/// One of the job's pictures, of `size`, and what it begins with.
+/// One of the job's pictures, with the prompts of its seed, of `size`, and what it begins with.
 ///
 /// # Errors
 /// If the images do not fit each other.
 pub(super) fn picture_request<'a>(
     job: &'a Job,
+    texts: &'a Texts<'_>,
     seed: u64,
     size: ImageSize,
     images: Option<&'a LoadedImages>,
 ) -> Result<PictureRequest<'a>> {
     Ok(PictureRequest {
-        prompt: &job.prompt,
-        negative_prompt: &job.negative_prompt,
+        prompt: &texts.prompt,
+        negative_prompt: &texts.negative_prompt,
         text: TextOptions { syntax: job.prompt_syntax, clip_skip: job.clip_skip.get() },
         seed,
         steps: job.steps.get(),

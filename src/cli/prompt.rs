@@ -65,3 +65,34 @@ fn check_length(what: &str, bytes: usize) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Request;
+    use crate::cli::job::tests::{Fake, parse_words};
+
+    #[test]
+    fn standard_input_is_the_prompt_only_where_it_is_asked_for_or_nothing_else_is() {
+        let too_long = vec![b'a'; MAX_PROMPT_BYTES + 1];
+        for (words, stdin, expected) in [
+            ("-", &b"a fox\n"[..], Ok("a fox")),
+            ("", b"\xef\xbb\xbfa\r\nfox\r\n", Ok("a\r\nfox")),
+            ("x", b"not read", Ok("x")),
+            ("--prompt|-", b"not read", Ok("-")),
+            ("--|-", b"not read", Ok("-")),
+            ("", b"", Err("is empty")),
+            ("-", b"\n", Err("is empty")),
+            ("-", b"ab\xff", Err("not UTF-8: byte 2")),
+            ("-", &too_long, Err("longer than 65536 bytes")),
+        ] {
+            let mut fake = Fake { stdin: Some(stdin.to_vec()), ..Fake::default() };
+            match (parse_words(words, &mut fake), expected) {
+                (Ok(Request::Paint(job)), Ok(prompt)) => assert_eq!(job.prompt, prompt),
+                (Err(error), Err(expected)) => assert!(error.to_string().contains(expected)),
+                (parsed, _) => panic!("{words:?} with {stdin:?} gave {parsed:?}"),
+            }
+            assert_eq!(fake.stdin.is_some(), stdin == b"not read");
+        }
+    }
+}

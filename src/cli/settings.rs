@@ -30,10 +30,13 @@ pub struct Settings {
     pub pipeline: u32,
     /// The prompt as the user gave it, whole, also where the model did not see its end.
     pub prompt: String,
-    /// The prompt as the text encoder got it. So far it is always `prompt`.
+    /// The prompt as the text encoder got it: of alternatives those that the seed chose.
     pub resolved_prompt: String,
     /// What the picture should not show; empty for nothing.
     pub negative_prompt: String,
+    /// The negative prompt as the text encoder got it, if that is another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resolved_negative_prompt: Option<String>,
     /// How both prompts were read: `plain` or `a1111`.
     #[serde(default = "plain")]
     pub prompt_syntax: String,
@@ -146,12 +149,16 @@ impl Settings {
     pub fn new(job: &Job, seed: u64, size: ImageSize, provenance: Provenance) -> Self {
         let scheduler = job.scheduler.map(|kind| kind.name().to_owned());
         let image = job.image.as_ref();
+        let texts = job.texts(seed);
+        let negative_prompt = texts.negative_prompt.into_owned();
         Self {
             schema: SCHEMA_VERSION,
             version: env!("CARGO_PKG_VERSION").into(),
             pipeline: PIPELINE_VERSION,
             prompt: job.prompt.clone(),
-            resolved_prompt: job.prompt.clone(),
+            resolved_prompt: texts.prompt.into_owned(),
+            resolved_negative_prompt: Some(negative_prompt)
+                .filter(|text| *text != job.negative_prompt),
             negative_prompt: job.negative_prompt.clone(),
             prompt_syntax: job.prompt_syntax.name().into(),
             clip_skip: job.clip_skip.get() as u64,
@@ -184,11 +191,11 @@ impl Settings {
     }
 
     /// BLAKE3-256, in hexadecimal digits, of what determines the picture: `pipeline`,
-    /// `resolved_prompt`, `negative_prompt`, `seed`, `steps`, `guidance_scale`, `width`, `height`,
-    /// `resolved_scheduler`, `dtype`, `weights_hash` and `config_hash`, and of what came later
-    /// (`prompt_syntax`, `clip_skip`, `additions`; with an image `image` and `mask_image` by their
-    /// content, `strength`, and `encoder_hash`) whatever is not as it was before: the keys of older
-    /// records stay as they are.
+    /// `resolved_prompt`, the resolved `negative_prompt`, `seed`, `steps`, `guidance_scale`,
+    /// `width`, `height`, `resolved_scheduler`, `dtype`, `weights_hash` and `config_hash`, and of
+    /// what came later (`prompt_syntax`, `clip_skip`, `additions`; with an image `image` and
+    /// `mask_image` by their content, `strength`, and `encoder_hash`) whatever is not as it was
+    /// before: the keys of older records stay as they are.
     ///
     /// Not in it: what only names these things (`prompt`, `scheduler`, the model's `source`,
     /// `revision`, `variant`, `config` and `vae`, where images were), who wrote it (`schema`,
@@ -201,7 +208,7 @@ impl Settings {
         };
         add("pipeline", &self.pipeline.to_le_bytes());
         add("resolved_prompt", self.resolved_prompt.as_bytes());
-        add("negative_prompt", self.negative_prompt.as_bytes());
+        add("negative_prompt", self.given_negative_prompt().as_bytes());
         add("seed", &self.seed.to_le_bytes());
         add("steps", &self.steps.to_le_bytes());
         add("guidance_scale", &self.guidance_scale.to_bits().to_le_bytes());
@@ -228,6 +235,11 @@ impl Settings {
         }
         self.additions.key_parts().iter().for_each(|(name, value)| add(name, value));
         hasher.finalize().to_hex().to_string()
+    }
+
+    /// The negative prompt that the text encoder got.
+    pub fn given_negative_prompt(&self) -> &str {
+        self.resolved_negative_prompt.as_deref().unwrap_or(&self.negative_prompt)
     }
 
     /// The record as one line of JSON.
@@ -383,6 +395,7 @@ pub(super) mod tests {
             &[
                 |s| s.pipeline += 1,
                 |s| s.resolved_prompt.push(' '),
+                |s| s.resolved_negative_prompt = Some("fog".into()),
                 |s| s.clip_skip += 1,
                 |s| s.additions.loras.push(lora("a", 1.0, "12")),
                 |s| s.additions.embeddings.push(embedding("a", "b", "12")),

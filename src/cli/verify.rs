@@ -157,7 +157,8 @@ pub fn verify(verify: &VerifyJob, open: &mut OpenPainter<'_>) -> Result<ExitCode
     display.begin(format!("seed {}", job.seed));
     let size = job.picture_size(painter.default_size());
     let images = job.image.as_ref().map(|image| image.load(size)).transpose()?;
-    let request = picture_request(job, job.seed, size, images.as_ref())?;
+    let texts = job.texts(job.seed);
+    let request = picture_request(job, &texts, job.seed, size, images.as_ref())?;
     let made = match request.size == pixels.size() {
         true => painter.paint(&[request], &display)?.into_iter().next(),
         // Whatever it shows, it was cut or scaled.

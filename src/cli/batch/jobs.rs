@@ -11,12 +11,14 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args as _, Command, FromArgMatches};
 
 use super::lines::Line;
+use crate::cli::alternatives::Wildcards;
 use crate::cli::args::{ModelArgs, PictureArgs, RunArgs};
 use crate::cli::command::usage;
 use crate::cli::device::DevicePlan;
 use crate::cli::inputs::Inputs;
 use crate::cli::job::{Choice, Job};
 use crate::cli::output::{OutputPlan, Target, before_suffix};
+use crate::cli::surroundings::Surroundings;
 use crate::error::{Error, Result};
 
 /// Pictures of one batch at most.
@@ -49,6 +51,8 @@ pub(super) struct Defaults<'a> {
     pub device: &'a DevicePlan,
     /// The pictures that jobs begin with.
     pub inputs: &'a Inputs<'a>,
+    /// Where files of alternatives are.
+    pub surroundings: &'a dyn Surroundings,
 }
 
 /// The pictures of all lines, in their order.
@@ -58,11 +62,14 @@ pub(super) struct Defaults<'a> {
 pub(super) fn tasks(lines: &[Line], defaults: &Defaults<'_>) -> Result<Vec<Task>> {
     let mut fields = Fields::new();
     let mut seeds = Seeds::default();
+    let mut wildcards = Wildcards::new(defaults.surroundings);
     let mut tasks: Vec<Task> = Vec::new();
     for line in lines {
         let at_line = |error: Error| error.context(format!("line {}", line.number));
         let picture = fields.over(defaults.picture, &line.fields).map_err(at_line)?;
-        let job = job(picture, defaults, &mut seeds, line.number).map_err(at_line)?;
+        let (folder, chosen) = (picture.wildcards.clone(), picture.chosen);
+        let mut job = job(picture, defaults, &mut seeds, line.number).map_err(at_line)?;
+        job.read_alternatives(folder.as_deref(), chosen, &mut wildcards).map_err(at_line)?;
         let job = Arc::new(job);
         for (index, seed) in (1..=job.count.get()).zip(job.seed..=u64::MAX) {
             if tasks.len() >= MAX_PICTURES {
@@ -273,10 +280,10 @@ mod tests {
         let args: BatchArgs = parse(words.map(Into::into)).map_err(|error| error.to_string())?;
         let lines = lines::read(jobs.as_bytes(), Format::Auto).map_err(|e| e.to_string())?;
         let [device] = &*args.model.device else { panic!("one device") };
-        let fake = Fake::default();
+        let (fake, again) = (Fake::default(), Fake::default());
         let inputs = &Inputs::new(&fake);
         let (picture, model, run) = (&args.picture, &args.model, &args.run);
-        let defaults = Defaults { picture, model, run, device, inputs };
+        let defaults = Defaults { picture, model, run, device, inputs, surroundings: &again };
         tasks(&lines, &defaults).map_err(|error| error.to_string())
     }
 

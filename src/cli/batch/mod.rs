@@ -92,7 +92,7 @@ pub(super) fn parse(
     };
     let inputs = &Inputs::new(surroundings);
     let (picture, model, run) = (&args.picture, &args.model, &args.run);
-    let defaults = Defaults { picture, model, run, device, inputs };
+    let defaults = Defaults { picture, model, run, device, inputs, surroundings };
     let tasks = lines::read(&bytes, format)
         .and_then(|lines| tasks(&lines, &defaults))
         .map_err(|error| error.context(&name))?;
