@@ -166,3 +166,53 @@ impl<'a> Iterator for Chunks<'a> {
         Some((name, chunk))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{FileFormat, Picture, PictureTexts};
+    use super::*;
+
+    const SIZE: ImageSize = ImageSize { height: 8, width: 24 };
+
+    fn file(format: FileFormat) -> Vec<u8> {
+        let rgb = (0..SIZE.height * SIZE.width * 3).map(|at| at as u8).collect();
+        Picture::new(SIZE, rgb).unwrap().to_plain_file(format).unwrap()
+    }
+
+    #[test]
+    fn an_exif_block_of_any_length_comes_back_from_as_many_segments_as_it_needs() {
+        let jpeg = file(FileFormat::Jpeg);
+        for len in [0, 1, 65_527, 65_528, 200_000] {
+            let exif: Vec<u8> = (0..len).map(|at| (at * 31 % 251) as u8).collect();
+            let with = with_exif(jpeg.clone(), &exif);
+            let found = Beside::in_jpeg(&with).unwrap();
+            assert!(found.exif == exif, "{len}");
+            assert_eq!(found.size, SIZE);
+            // Behind the segment that says JFIF, which old readers want first.
+            assert_eq!(with[..20], jpeg[..20]);
+            assert!(Picture::from_file(&with).unwrap() == Picture::from_file(&jpeg).unwrap());
+        }
+    }
+
+    #[test]
+    fn sizes_are_read_from_headers_and_comments_are_parameters_where_there_are_no_others() {
+        let jpeg = file(FileFormat::Jpeg);
+        let text = b"a fox\nSteps: 1, Sampler: Euler a, Seed: 5";
+        let segment = [&[0xff, COMMENT, 0, text.len() as u8 + 2][..], text].concat();
+        let with = [&jpeg[..2], &*segment, &jpeg[2..]].concat();
+        let found = PictureTexts::read(&with).unwrap();
+        assert_eq!(found.parameters.as_deref(), std::str::from_utf8(text).ok());
+        assert_eq!(found.upright_size(), SIZE);
+        let webp = file(FileFormat::WebP);
+        assert_eq!(Beside::in_webp(&webp).unwrap().size, SIZE);
+        for cut in 0..webp.len().min(30) {
+            // Whatever is left of it, it is not a panic.
+            let _ = Beside::in_webp(&webp[..cut]);
+        }
+        let lossy = b"RIFF\x16\0\0\0WEBPVP8 \x0a\0\0\0\0\0\0\x9d\x01\x2a\x18\x40\x08\x80";
+        assert_eq!(Beside::in_webp(lossy).unwrap().size, SIZE);
+        let animated = b"RIFF\x20\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\x17\0\0\x07\0\0ANIM\0\0\0\0";
+        let error = Beside::in_webp(animated).err().unwrap().to_string();
+        assert!(error.contains("an animation"), "{error}");
+    }
+}
