@@ -5,6 +5,7 @@
 
 mod additions;
 mod loading;
+mod posteriors;
 mod preview;
 mod prompts;
 mod runs;
@@ -29,6 +30,7 @@ use crate::tokenizer::Tokenizer;
 pub use crate::tokenizer::Syntax as PromptSyntax;
 pub use additions::Additions;
 pub use loading::{LoadOptions, Outline, default_size, inpaints};
+use posteriors::Posteriors;
 use preview::Preview;
 use prompts::Embeddings;
 pub use prompts::TextOptions;
@@ -59,6 +61,7 @@ pub struct Pipeline<T: Backend, U: Backend = T, V: Backend = T> {
     pub scheduler: Scheduler,
     scheduler_config: SchedulerConfig,
     embeddings: Embeddings<T>,
+    posteriors: Posteriors<U>,
     devices: Placement<T, U, V>,
 }
 
@@ -147,6 +150,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         if pictures.is_err() {
             // What a device could not make would be the next picture's error too.
             self.embeddings.forget();
+            self.posteriors.forget();
         }
         pictures
     }

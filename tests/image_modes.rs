@@ -323,5 +323,28 @@ fn a_remote_device_replays_an_inpainting_unet() -> Result<()> {
     let there = load::<Storage>(nine.path(), &session.device())?.paint(&case.request(), &Silent)?;
     let here = load::<cpu::Storage>(nine.path(), &worker.device)?;
     assert!(here.paint(&case.request(), &Silent)? == there);
+    // Another seed of the same image is encoded, and sent, no second time; another image is.
+    let session = worker.connect("worker")?;
+    let pipeline = load::<Storage>(nine.path(), &session.device())?;
+    let large = case.image.resized(ImageSize { height: 64, width: 64 })?;
+    let mask = Mask::of_picture(&large, large.size())?;
+    let other = ImageMode::new(&large, Some(&mask), case.strength)?;
+    let request = |seed, image| PictureRequest { seed, image, ..case.request() };
+    let mut sent = Vec::new();
+    for request in [
+        request(1, case.request().image),
+        request(2, case.request().image),
+        PictureRequest { size: large.size(), ..request(2, Some(other)) },
+        request(3, case.request().image),
+    ] {
+        let before = session.session().statistics().bulk_bytes_up;
+        let there = pipeline.paint(&request, &Silent)?;
+        sent.push(session.session().statistics().bulk_bytes_up - before);
+        assert!(
+            load::<cpu::Storage>(nine.path(), &worker.device)?.paint(&request, &Silent)? == there
+        );
+    }
+    let [one, other] = [64 * 48, 64 * 64].map(|pixels| 2 * 3 * 4 * pixels);
+    assert_eq!(sent, [one, 0, other, one]);
     Ok(())
 }

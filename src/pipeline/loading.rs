@@ -6,6 +6,7 @@ use std::any::Any;
 use candle_core::DType;
 use candle_core::backend::BackendDevice;
 
+use super::posteriors::Posteriors;
 use super::prompts::Embeddings;
 use super::{Additions, Pipeline, Placement};
 use crate::backend::{Backend, Device};
@@ -89,6 +90,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             scheduler,
             scheduler_config,
             embeddings: Embeddings::default(),
+            posteriors: Posteriors::default(),
             devices,
         })
     }

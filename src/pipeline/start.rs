@@ -9,7 +9,7 @@ use super::{NoiseStreams, PictureRequest, Pipeline};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::image::{ImageSize, Mask, Picture};
-use crate::model::vae_encoder::Encoder;
+use crate::model::vae_encoder::{Encoder, Posterior};
 use crate::schedule::{Blend, Plan, Scheduler};
 use crate::tensor::Tensor;
 
@@ -158,7 +158,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         let inpaints = self.unet.config.inpaints();
         // Of an inpainting UNet the image is seen where the noise does not hide all of it.
         let image = (!inpaints || mode.strength < 1.0)
-            .then(|| self.encode_image(encoder, mode.size(), &pixels, shape, noise))
+            .then(|| self.encode_image(encoder, mode.size(), pixels.clone(), shape, noise))
             .transpose()?;
         let first_noise = noise.draw::<U>(shape, device)?;
         let sample = blend(plan.start, image.as_ref(), first_noise.clone())?;
@@ -178,7 +178,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             return Ok(Start { sample, kept: Some(kept), condition: None });
         }
         let left = hidden(pixels, mask);
-        let left = self.encode_image(encoder, mode.size(), &left, shape, noise)?;
+        let left = self.encode_image(encoder, mode.size(), left, shape, noise)?;
         let pictures = sample.dims_exact::<4>()?[0];
         let painted = painted.broadcast_as((pictures, 1, height, width))?.contiguous()?;
         let condition = Tensor::cat(&[&painted, &left], 1)?;
@@ -191,17 +191,22 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         &self,
         encoder: &Encoder<V>,
         size: ImageSize,
-        pixels: &[f32],
+        pixels: Vec<f32>,
         shape: [usize; 4],
         noise: &mut NoiseStreams<'_>,
     ) -> Result<Tensor<U>> {
-        let shape_of_image = (1, 3, size.height, size.width);
-        let image = Tensor::from_slice(pixels, shape_of_image, &self.devices.vae)?;
-        let posterior = encoder.posterior(&image)?;
-        let mean = posterior.mean.to_device::<U>(&self.devices.unet)?;
-        let deviation = posterior.deviation.to_device::<U>(&self.devices.unet)?;
+        let known = self.posteriors.of(size, pixels, |pixels| {
+            let shape = (1, 3, size.height, size.width);
+            let image = Tensor::from_slice(pixels, shape, &self.devices.vae)?;
+            let Posterior { mean, deviation } = encoder.posterior(&image)?;
+            Ok(Posterior {
+                mean: mean.to_device::<U>(&self.devices.unet)?,
+                deviation: deviation.to_device::<U>(&self.devices.unet)?,
+            })
+        })?;
+        let Posterior { mean, deviation } = &known.posterior;
         let noise = noise.draw::<U>(shape, &self.devices.unet)?;
-        let latents = noise.binary::<Mul>(&deviation)?.add(&mean)?;
+        let latents = noise.binary::<Mul>(deviation)?.add(mean)?;
         latents.affine(encoder.scaling_factor, 0.0)
     }
 }
