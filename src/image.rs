@@ -154,6 +154,8 @@ pub struct Parameters {
     pub steps: usize,
     /// The scheduler's name in AUTOMATIC1111's spelling, such as `DPM++ 2M`.
     pub sampler: String,
+    /// How its sigmas are spaced, in the same spelling, such as `Karras`; none for the usual way.
+    pub schedule_type: Option<String>,
     /// The weight of classifier-free guidance.
     pub guidance_scale: f64,
     /// The seed of the noise.
@@ -179,6 +181,9 @@ impl fmt::Display for Parameters {
             writeln!(f, "Negative prompt: {}", self.negative_prompt)?;
         }
         write!(f, "Steps: {}, Sampler: {}", self.steps, quoted(&self.sampler))?;
+        if let Some(schedule_type) = &self.schedule_type {
+            write!(f, ", Schedule type: {}", quoted(schedule_type))?;
+        }
         write!(f, ", CFG scale: {}, Seed: {}", self.guidance_scale, self.seed)?;
         write!(f, ", Size: {}, Model: {}", self.size, quoted(&self.model))?;
         if self.clip_skip > 0 {
@@ -211,6 +216,7 @@ mod tests {
             negative_prompt: "blurry, ugly".into(),
             steps: 25,
             sampler: "DPM++ 2M".into(),
+            schedule_type: None,
             guidance_scale: 7.5,
             seed: 42,
             size: ImageSize { height: 512, width: 768 },
@@ -258,6 +264,9 @@ mod tests {
         assert_eq!(empty.to_string(), line);
         let changed = Parameters { denoising_strength: Some(0.6), ..whole.clone() };
         assert!(changed.to_string().contains("Model: tiny-sd, Denoising strength: 0.6, Version"));
+        let karras = Parameters { schedule_type: Some("Karras".into()), ..whole.clone() };
+        let text = karras.to_string();
+        assert!(text.contains("Sampler: DPM++ 2M, Schedule type: Karras, CFG"), "{text}");
         let odd = Parameters { model: "a,b: \"c\"".into(), guidance_scale: 7.0, ..whole };
         assert!(odd.to_string().contains(r#"CFG scale: 7, "#), "{odd}");
         assert!(odd.to_string().contains(r#"Model: "a,b: \"c\"", Version"#), "{odd}");

@@ -23,7 +23,9 @@ use crate::model::unet::TextKeyValues;
 use crate::model::{AutoencoderDecoder, Encoder, TextEncoder, UNet};
 use crate::progress::{Event, Progress};
 use crate::rng;
-use crate::schedule::{Combination, Plan, Scheduler, SchedulerConfig, SchedulerKind, Source, Step};
+use crate::schedule::{
+    Combination, Plan, Scheduler, SchedulerChoice, SchedulerConfig, Source, Step,
+};
 use crate::tensor::{Tensor, program};
 use crate::tokenizer::Tokenizer;
 
@@ -102,7 +104,7 @@ pub struct PictureRequest<'a> {
     /// What it begins with, other than noise.
     pub image: Option<ImageMode<'a>>,
     /// Instead of the pipeline's scheduler.
-    pub scheduler: Option<SchedulerKind>,
+    pub scheduler: Option<SchedulerChoice>,
     /// Every so many steps an approximate picture is shown, if at all.
     pub preview_every: Option<NonZeroUsize>,
 }
@@ -123,8 +125,8 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
     }
 
     /// The scheduler that pictures are made with where a request names no other.
-    pub fn scheduler_kind(&self) -> SchedulerKind {
-        self.scheduler.kind()
+    pub fn scheduler_choice(&self) -> SchedulerChoice {
+        self.scheduler.choice()
     }
 
     /// Makes a picture.
@@ -200,7 +202,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         }
         self.check_mode(first)?;
         let plan = match first.scheduler {
-            Some(kind) => start::plan(&self.scheduler_config.for_scheduler(kind)?, first)?,
+            Some(choice) => start::plan(&self.scheduler_config.for_scheduler(choice)?, first)?,
             None => start::plan(&self.scheduler, first)?,
         };
         let guidance = Guidance::new(first.guidance_scale);

@@ -132,7 +132,7 @@ fn flags(case: &Case) -> Vec<String> {
         flags.push(format!("--negative-prompt={}", request.negative_prompt));
     }
     if let Some(scheduler) = case.scheduler {
-        flags.push(format!("--scheduler={}", scheduler.name()));
+        flags.push(format!("--scheduler={scheduler}"));
     }
     flags
 }
@@ -388,7 +388,7 @@ fn a_configuration_that_does_not_fit_is_one_line_that_names_the_field_or_the_ten
         ("tiny", TEXT, "num_hidden_layers", json!(2), &["text_encoder", "unexpected", "layers.2."]),
         ("tiny", UNET, "class_embed_type", json!("timestep"), &[UNET, "class_embed_type"]),
         ("tiny", UNET, "cross_attention_dim", json!(768), &["cross_attention_dim", "768", "32"]),
-        ("sd1", SCHEDULER, "_class_name", json!("LCMScheduler"), &["LCMScheduler", "--scheduler"]),
+        ("sd1", SCHEDULER, "_class_name", json!("IPNDMScheduler"), &["IPNDM", "--scheduler"]),
     ];
     for (name, file, field, value, parts) in edits {
         check_broken(field, name, &|at| edit(&at.join(file), field, value.clone()), parts);

@@ -15,7 +15,7 @@ use tiny_sd::pipeline::{
     Additions, ImageMode, LoadOptions, PictureRequest, Pipeline, Placement, TextOptions,
 };
 use tiny_sd::progress::Silent;
-use tiny_sd::schedule::SchedulerKind;
+use tiny_sd::schedule::SchedulerChoice;
 use tiny_sd::weights::{Component, Model};
 
 use super::golden::{check_close, fixtures, psnr, upload};
@@ -103,7 +103,7 @@ struct Case {
     image: Picture,
     mask: Option<Mask>,
     strength: f64,
-    scheduler: Option<SchedulerKind>,
+    scheduler: Option<SchedulerChoice>,
     steps: usize,
     guidance_scale: f64,
     seed: u64,
@@ -147,7 +147,7 @@ fn cases() -> Vec<Case> {
             image: image.resized(size).unwrap(),
             mask: has_mask.then(|| Mask::of_picture(&mask, size).unwrap()),
             strength: case["strength"].as_f64().unwrap(),
-            scheduler: text("scheduler").map(|name| SchedulerKind::parse(&name).unwrap()),
+            scheduler: text("scheduler").map(|name| SchedulerChoice::parse(&name).unwrap()),
             steps: number("steps").unwrap(),
             guidance_scale: case["guidance_scale"].as_f64().unwrap(),
             seed: case["seed"].as_u64().unwrap(),

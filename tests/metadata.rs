@@ -150,22 +150,26 @@ fn from_makes_the_same_picture_and_flags_that_are_given_win() {
     command.env_remove("TINY_SD_MODEL").args(["--from", "fox.png", "-o", "again.png"]);
     ends_with(0, &command.output().unwrap());
     assert!(same("again.png"));
-    ends_with(0, &run(folder.path(), &["a cat", "--from", "fox.png", "-o", "cat.png"]));
-    assert!(!same("cat.png"));
+    let other = ["a cat", "--from", "fox.png", "--scheduler", "DPM++ 2M Karras", "-o", "cat.png"];
+    ends_with(0, &run(folder.path(), &other));
     let cat = json(folder.path(), &["info", "cat.png", "--json"], 0);
     let fox = json(folder.path(), &["info", "fox.png", "--json"], 0);
     assert_eq!(cat["record"]["prompt"], "a cat");
+    assert_eq!(cat["record"]["scheduler"], "dpm++2m-karras");
     assert_eq!(cat["record"]["seed"], fox["record"]["seed"]);
     // Without the record what AUTOMATIC1111 reads is left, which is enough.
-    let file = fs::read(folder.path().join("fox.png")).unwrap();
-    let chunk = file.windows(8).position(|bytes| bytes == b"iTXttiny").unwrap() - 4;
-    let len = u32::from_be_bytes(file[chunk..chunk + 4].try_into().unwrap()) as usize;
-    let without = [&file[..chunk], &file[chunk + 12 + len..]].concat();
-    fs::write(folder.path().join("without.png"), without).unwrap();
-    let (_, stderr) =
-        ends_with(0, &run(folder.path(), &["--from", "without.png", "-o", "third.png"]));
-    assert_eq!(stderr.lines().count(), 1, "{stderr}");
-    assert!(same("third.png"));
+    for name in ["fox.png", "cat.png"] {
+        let file = fs::read(folder.path().join(name)).unwrap();
+        let chunk = file.windows(8).position(|bytes| bytes == b"iTXttiny").unwrap() - 4;
+        let len = u32::from_be_bytes(file[chunk..chunk + 4].try_into().unwrap()) as usize;
+        let without = [&file[..chunk], &file[chunk + 12 + len..]].concat();
+        fs::write(folder.path().join("without.png"), without).unwrap();
+        let words = ["--from", "without.png", "-o", "third.png"];
+        let (_, stderr) = ends_with(0, &run(folder.path(), &words));
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        let [found, expected] = ["third.png", name].map(|name| picture(&folder.path().join(name)));
+        assert!(found == expected, "{name}");
+    }
 }
 
 /// The picture with other pixels and the same texts.
@@ -177,6 +181,7 @@ fn edited(path: &Path, edit: impl FnOnce(Picture) -> Picture) -> Vec<u8> {
         negative_prompt: String::new(),
         steps: 1,
         sampler: String::new(),
+        schedule_type: None,
         guidance_scale: 1.0,
         seed: 1,
         size: ImageSize { height: 1, width: 1 },

@@ -46,10 +46,10 @@ fn check(what: &str, pipeline: &Pipeline<cpu::Storage>, requests: &[PictureReque
 fn pictures_made_together_are_those_made_alone_for_every_scheduler() {
     let device = cpu::Device::with_threads(2).unwrap();
     for kind in SchedulerKind::ALL {
-        let pipeline = load("tiny", Some(*kind), &device);
+        let pipeline = load("tiny", Some((*kind).into()), &device);
         check(kind.name(), &pipeline, &requests(3, 7.5));
     }
-    let pipeline = load("sd1", Some(SchedulerKind::EulerAncestral), &device);
+    let pipeline = load("sd1", Some(SchedulerKind::EulerAncestral.into()), &device);
     check("without guidance", &pipeline, &{
         let mut requests = requests(3, 1.0);
         requests[2].seed = 3;
@@ -60,7 +60,7 @@ fn pictures_made_together_are_those_made_alone_for_every_scheduler() {
 #[test]
 fn a_request_may_name_another_scheduler_than_the_pipeline_has() -> Result<()> {
     let device = cpu::Device::with_threads(2)?;
-    let kind = SchedulerKind::EulerAncestral;
+    let kind = SchedulerKind::EulerAncestral.into();
     let (own, other) = (load("tiny", None, &device), load("tiny", Some(kind), &device));
     let mut request = requests(3, 7.5)[0];
     let expected = other.paint(&request, &Silent)?;
@@ -79,7 +79,7 @@ fn pictures_of_different_settings_are_not_made_together() {
         PictureRequest { text: TextOptions { clip_skip: 1, ..base.text }, ..base },
         PictureRequest { guidance_scale: 7.0, ..base },
         PictureRequest { size: ImageSize { height: 40, width: 72 }, ..base },
-        PictureRequest { scheduler: Some(SchedulerKind::Ddim), ..base },
+        PictureRequest { scheduler: Some(SchedulerKind::Ddim.into()), ..base },
         PictureRequest { preview_every: std::num::NonZeroUsize::new(1), ..base },
     ] {
         assert!(!base.goes_with(&other), "{other:?}");

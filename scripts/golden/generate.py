@@ -16,6 +16,7 @@ import torch
 
 import checks
 import goldens
+import schedulers
 import tokens
 from configs import SPECS
 from models import build, write
@@ -41,6 +42,8 @@ def main() -> None:
     for spec in SPECS:
         if options.only in [None, spec.name]:
             make(spec, merges[:MERGES_IN_MINIATURE], options.output)
+    if options.only in [None, "tiny"]:
+        schedulers.write(options.output)
     files = [path for path in options.output.rglob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in files)
     print(f"{len(files)} files, {total:,} bytes")

@@ -13,7 +13,7 @@ use super::values::{
     BatchSize, ClipSkip, Count, DtypeChoice, GuidanceScale, Side, Steps, Strength, Verbosity,
 };
 use crate::pipeline::PromptSyntax;
-use crate::schedule::SchedulerKind;
+use crate::schedule::SchedulerChoice;
 use crate::weights::{EmbeddingFile, LoraFile};
 
 /// The command line, each value parsed on its own.
@@ -140,9 +140,9 @@ pub(super) struct PictureArgs {
     pub height: Option<Side>,
 
     /// dpm++2m, ddim, pndm, euler or euler-a [default: the model's own]
-    #[arg(long, value_name = "NAME", value_parser = SchedulerKind::parse)]
+    #[arg(long, value_name = "NAME", value_parser = SchedulerChoice::parse)]
     #[arg(alias = "sampler-name")]
-    pub scheduler: Option<SchedulerKind>,
+    pub scheduler: Option<SchedulerChoice>,
 
     /// Leave out the last N layers of the text encoder, as diffusers counts them
     ///

@@ -15,27 +15,22 @@ use super::surroundings::Surroundings;
 use crate::error::{Error, Result};
 use crate::image::{Infotext, PictureTexts};
 use crate::pipeline::PromptSyntax;
-use crate::schedule::SchedulerKind;
+use crate::schedule::{SchedulerChoice, SchedulerKind, SigmaSchedule};
 
-/// stable-diffusion.cpp's names of samplers that are here too.
-const CPP_SAMPLERS: [(&str, SchedulerKind); 3] = [
-    ("euler_a", SchedulerKind::EulerAncestral),
-    ("euler", SchedulerKind::Euler),
-    ("dpm++2m", SchedulerKind::DpmSolverMultistep),
-];
-/// Names of the schedule of timesteps that models have by themselves.
+/// Names of the schedule that models have by themselves.
 const OWN_SCHEDULES: [&str; 6] = ["", "automatic", "default", "discrete", "normal", "uniform"];
-/// Other schedules: the names that samplers once ended in, and that `Schedule type` has.
+/// Schedules that are not here, as samplers once ended in them; of ours the same holds where a
+/// sampler has none.
 const OTHER_SCHEDULES: [&str; 9] = [
     "karras",
     "exponential",
+    "beta",
     "polyexponential",
     "sgm_uniform",
     "simple",
     "smoothstep",
     "ays",
     "gits",
-    "beta",
 ];
 /// Values that are used, or that change no picture.
 const KNOWN_VALUES: [&str; 13] = [
@@ -133,7 +128,7 @@ impl Filling<'_> {
             self.args.picture.scheduler = match (&settings.scheduler, is_its_model) {
                 (None, true) => None,
                 (Some(_), _) | (None, false) => {
-                    Some(SchedulerKind::parse(&settings.resolved_scheduler)?)
+                    Some(SchedulerChoice::parse(&settings.resolved_scheduler)?)
                 }
             };
         }
@@ -282,37 +277,39 @@ fn value<T: FromStr<Err: std::fmt::Display>>(id: &str, text: &str) -> Result<T> 
     })
 }
 
-/// The scheduler that another program's names mean.
-fn scheduler(sampler: &str, schedule: Option<&str>) -> Result<SchedulerKind> {
-    let labels = SchedulerKind::ALL.iter().map(|kind| (kind.label(), *kind));
-    let mut names: Vec<_> = labels.chain(CPP_SAMPLERS).collect();
-    names.sort_by_key(|(name, _)| std::cmp::Reverse(name.len()));
-    let found = names.into_iter().find_map(|(name, kind)| {
-        let rest = sampler.strip_prefix(name)?;
-        let word = rest.trim().to_lowercase();
-        let is_schedule = [&OWN_SCHEDULES[..], &OTHER_SCHEDULES].concat().contains(&&*word);
-        let is_whole = rest.is_empty() || rest.starts_with(' ');
-        (is_whole && is_schedule).then_some((kind, word))
-    });
-    let Some((kind, word)) = found else {
-        let known: Vec<_> = SchedulerKind::ALL.iter().map(|kind| kind.name()).collect();
-        let shown: String = sampler.chars().take(100).collect();
-        return Err(Error::usage(format!(
-            "its sampler {shown:?} is none of tiny-sd's; choose one with --scheduler ({})",
-            known.join(", ")
-        )));
-    };
-    for schedule in [schedule.unwrap_or_default(), &word] {
-        if !OWN_SCHEDULES.contains(&&*schedule.to_lowercase()) {
-            let shown: String = schedule.chars().take(100).collect();
+/// The scheduler that another program's names mean; the schedule may be the sampler's last word.
+fn scheduler(sampler: &str, schedule: Option<&str>) -> Result<SchedulerChoice> {
+    let is_own = |name: &str| OWN_SCHEDULES.contains(&&*name.trim().to_lowercase());
+    let is_other = |name: &str| OTHER_SCHEDULES.contains(&&*name.to_lowercase());
+    let (words, last) = sampler.trim().rsplit_once(' ').unwrap_or((sampler, ""));
+    let (named, schedule) = match (SchedulerChoice::find(sampler), SchedulerChoice::find(words)) {
+        (Some(found), _) => (found, schedule.unwrap_or_default()),
+        (None, Some(found)) if is_other(last) || is_own(last) => {
+            (found, schedule.filter(|schedule| !is_own(schedule)).unwrap_or(last))
+        }
+        (None, Some(_) | None) => {
+            let known: Vec<_> = SchedulerKind::ALL.iter().map(|kind| kind.name()).collect();
+            let shown: String = sampler.chars().take(100).collect();
             return Err(Error::usage(format!(
-                "its schedule {shown:?} is none of tiny-sd's; --scheduler {} takes its sampler \
-                 with the model's own",
-                kind.name()
+                "its sampler {shown:?} is none of tiny-sd's; choose one with --scheduler ({})",
+                known.join(", ")
             )));
         }
+    };
+    if is_own(schedule) {
+        return Ok(named);
     }
-    Ok(kind)
+    let sigmas = SigmaSchedule::ALL.into_iter();
+    let sigmas = sigmas.clone().find(|sigmas| sigmas.name().eq_ignore_ascii_case(schedule.trim()));
+    let chosen = sigmas.and_then(|sigmas| SchedulerChoice::new(named.kind(), Some(sigmas)));
+    chosen.ok_or_else(|| {
+        let shown: String = schedule.chars().take(100).collect();
+        let kind = named.kind().name();
+        Error::usage(format!(
+            "its schedule {shown:?} is none that {kind} has here; --scheduler {kind} takes its \
+             sampler with the model's own"
+        ))
+    })
 }
 
 /// What of another program's picture stays behind.
@@ -362,6 +359,7 @@ pub(super) mod tests {
             negative_prompt: String::new(),
             steps: 1,
             sampler: "no".into(),
+            schedule_type: None,
             guidance_scale: 0.0,
             seed: 0,
             size: ImageSize { height: 1, width: 1 },
@@ -402,7 +400,7 @@ pub(super) mod tests {
         assert_eq!(job, job_of(words));
         // The model's own scheduler is the model's own again, and another model gets the same.
         let other = from(file.clone(), "|-m|other/name").unwrap();
-        assert_eq!(other.scheduler, Some(SchedulerKind::Ddim));
+        assert_eq!(other.scheduler, Some(SchedulerKind::Ddim.into()));
         type Change = fn(&mut Job);
         let rows: [(&str, Change); 10] = [
             ("|a cat", |job| job.prompt = "a cat".into()),
@@ -415,7 +413,7 @@ pub(super) mod tests {
             ("|--clip-skip|2", |job| job.clip_skip = "2".parse().unwrap()),
             ("|-g|7.5", |job| job.guidance_scale = "7.5".parse().unwrap()),
             ("|--dtype|auto", |job| job.dtype = DtypeChoice::Auto),
-            ("|--scheduler|euler", |job| job.scheduler = Some(SchedulerKind::Euler)),
+            ("|--scheduler|euler", |job| job.scheduler = Some(SchedulerKind::Euler.into())),
         ];
         for (flag, change) in rows {
             let mut expected = job.clone();
@@ -438,7 +436,7 @@ pub(super) mod tests {
         let cpp = "a\nSteps: 2, CFG scale: 7.000000, Seed: 1, Size: 8x8, RNG: cuda, \
                    Sampler: dpm++2m discrete, Version: stable-diffusion.cpp";
         let job = from(with_text(cpp), "").unwrap();
-        assert_eq!(job.scheduler, Some(SchedulerKind::DpmSolverMultistep));
+        assert_eq!(job.scheduler, Some(SchedulerKind::DpmSolverMultistep.into()));
         assert_eq!(job.guidance_scale.get(), 7.0);
     }
 
@@ -446,20 +444,25 @@ pub(super) mod tests {
     fn samplers_have_their_names_and_other_schedules_are_refused_by_name() {
         let check = |sampler: &str, schedule: Option<&str>, expected: &str| {
             let found = scheduler(sampler, schedule);
-            let found = found.map_or_else(|error| error.to_string(), |kind| kind.name().into());
+            let found = found.map_or_else(|error| error.to_string(), |choice| choice.to_string());
             assert!(found.contains(expected), "{sampler}: {found}");
         };
         for kind in SchedulerKind::ALL {
-            check(kind.label(), None, kind.name());
+            check(kind.info().label, None, kind.name());
         }
         check("Euler a", Some("Automatic"), "euler-a");
         check("euler_a", None, "euler-a");
         check("euler discrete", None, "euler");
-        check("DPM++ 2M", Some("Karras"), "its schedule \"Karras\" is none of tiny-sd's");
-        check("DPM++ 2M Karras", None, "--scheduler dpm++2m takes its sampler");
-        check("euler_a karras", None, "its schedule \"karras\"");
-        check("DPM++ 2M SDE", None, "its sampler \"DPM++ 2M SDE\" is none of tiny-sd's");
-        check("UniPC", None, "choose one with --scheduler (dpm++2m, ");
+        check("DPM++ 2M", Some("Karras"), "dpm++2m-karras");
+        check("DPM++ 2M Karras", None, "dpm++2m-karras");
+        check("dpm++2m karras", Some("discrete"), "dpm++2m-karras");
+        check("DPM++ 2M SDE", Some("Exponential"), "dpm++2m-sde-exponential");
+        check("DPM2 a", Some("Beta"), "kdpm2-a-beta");
+        check("DPM++ 2M", Some("SGM Uniform"), "its schedule \"SGM Uniform\" is none that dpm++2m");
+        check("euler_a karras", None, "its schedule \"karras\" is none that euler-a has");
+        check("Euler a", Some("Karras"), "--scheduler euler-a takes its sampler");
+        check("DPM++ 2S a", None, "its sampler \"DPM++ 2S a\" is none of tiny-sd's");
+        check("DPM fast", None, "choose one with --scheduler (dpm++2m, ");
         check("", None, "its sampler \"\"");
     }
 
@@ -484,8 +487,8 @@ pub(super) mod tests {
             (record("\"ddim\"", "\"evil\""), "|-m|a/b", "--scheduler \"evil\" is unknown"),
             (with_text("x\nSteps: 2, Seed: -1, Size: 8x8"), "", "its seed \"-1\""),
             (with_text("x\nSteps: 2, Seed: -1, Size: 9x8"), "|-s|1", "its width \"9\""),
-            (with_text("x\nSteps: 2, Seed: 1, Sampler: Heun"), "", "its sampler \"Heun\""),
-            (with_text("x\nSteps: 2, Seed: 1, Sampler: Heun"), "|--scheduler|ddim", ""),
+            (with_text("x\nSteps: 2, Seed: 1, Sampler: Restart"), "", "its sampler \"Restart\""),
+            (with_text("x\nSteps: 2, Seed: 1, Sampler: Restart"), "|--scheduler|ddim", ""),
         ] {
             let message = from(file, words).err().unwrap_or_default();
             assert!(message.contains(expected), "{expected}: {message}");

@@ -279,7 +279,7 @@ fn model(job: &InfoJob, source: &ModelSource) -> Result<Found> {
         Identity::of(&folder, variant.as_ref(), false)?;
     let scheduler_config = folder.scheduler_config()?;
     let scheduler = SchedulerConfig::parse(&scheduler_config).and_then(|config| config.scheduler());
-    let scheduler = scheduler.map(|scheduler| scheduler.kind().name());
+    let scheduler = scheduler.map(|scheduler| scheduler.choice().to_string());
     let size = pipeline::default_size(&folder);
     let field = |name: &str| scheduler_config.get(name).and_then(Value::as_str);
     let (class, prediction) = (field("_class_name"), field("prediction_type"));
@@ -297,7 +297,7 @@ fn model(job: &InfoJob, source: &ModelSource) -> Result<Found> {
     let parameters: u64 = parts.iter().map(|part| part.weights.parameters).sum();
     let bytes: u64 = parts.iter().map(Part::bytes).sum();
     line(&mut text, "in all", format!("{parameters} parameters, {}", megabytes(bytes)));
-    let named = scheduler.as_ref().map_or("none of tiny-sd's", |name| name);
+    let named = scheduler.as_ref().map_or("none of tiny-sd's", |name| name.as_str());
     let shown = format!("{named} ({}), {}", class.unwrap_or("?"), prediction.unwrap_or("epsilon"));
     line(&mut text, "scheduler", shown);
     match &size {

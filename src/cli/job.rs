@@ -31,7 +31,7 @@ use super::worker::{self, WorkerJob};
 use crate::backend::cpu;
 use crate::error::{Error, Result};
 use crate::pipeline::{Additions, PromptSyntax};
-use crate::schedule::SchedulerKind;
+use crate::schedule::SchedulerChoice;
 
 /// Pictures to make, and how.
 #[derive(Debug, Clone, PartialEq)]
@@ -71,7 +71,7 @@ pub struct Job {
     /// A picture to begin with.
     pub image: Option<ImageRequest>,
     /// The scheduler, if not the model's own.
-    pub scheduler: Option<SchedulerKind>,
+    pub scheduler: Option<SchedulerChoice>,
     /// Number type of the computation.
     pub dtype: DtypeChoice,
     /// Where it is computed.
@@ -405,9 +405,7 @@ pub(super) mod tests {
             ("x|--clip-skip|1", |job| job.clip_skip = "1".parse().unwrap()),
             ("x|-W|8", |job| job.size.width = "8".parse().ok()),
             ("x|--height|4096", |job| job.size.height = "4096".parse().ok()),
-            ("x|--scheduler|dpm++2m", |job| {
-                job.scheduler = Some(SchedulerKind::DpmSolverMultistep)
-            }),
+            ("x|--scheduler|Heun", |job| job.scheduler = SchedulerChoice::find("heun")),
             ("x|--dtype|bf16", |job| job.dtype = DtypeChoice::Bf16),
             ("x|--device|cpu", |job| job.device = DevicePlan::whole(DeviceSpec::Cpu)),
             ("x|--count|2|-o|{seed}.png", |job| {

@@ -92,12 +92,13 @@ pub(super) fn paint(
     let provenance = painter.provenance()?;
     let finish = |((order, request), picture): ((&Order<'_>, &PictureRequest<'_>), &Picture)| {
         let Order { job, seed, format, .. } = *order;
-        let sampler = job.scheduler.map_or(painter.sampler(), |kind| kind.label());
+        let scheduler = job.scheduler.unwrap_or(painter.scheduler());
         let parameters = Parameters {
             prompt: request.prompt.to_owned(),
             negative_prompt: request.negative_prompt.to_owned(),
             steps: request.steps,
-            sampler: sampler.to_owned(),
+            sampler: scheduler.label().to_owned(),
+            schedule_type: scheduler.sigmas().map(|sigmas| sigmas.label().to_owned()),
             guidance_scale: request.guidance_scale,
             seed,
             size: picture.size(),

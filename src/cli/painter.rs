@@ -18,7 +18,7 @@ use crate::error::{Kind, Result};
 use crate::image::{ImageSize, Picture};
 use crate::pipeline::{self, LoadOptions, PictureRequest, Pipeline, Placement};
 use crate::progress::{Event, Progress};
-use crate::schedule::SchedulerKind;
+use crate::schedule::SchedulerChoice;
 use crate::weights::hub::{self, Hub, HubOptions, Repository, Revision};
 use crate::weights::{Component, LoneVae, Model, Variant, choose, config_files, json};
 
@@ -212,8 +212,8 @@ impl<T: Backend, U: Backend, V: Backend> PaintOnDevice for LoadedPainter<T, U, V
         self.pipeline.default_size()
     }
 
-    fn scheduler(&self) -> SchedulerKind {
-        self.pipeline.scheduler_kind()
+    fn scheduler(&self) -> SchedulerChoice {
+        self.pipeline.scheduler_choice()
     }
 
     fn dtype(&self) -> DType {

@@ -19,7 +19,7 @@ use crate::image::{ImageSize, Picture};
 use crate::pipeline::PictureRequest;
 use crate::progress::{Event, Progress};
 use crate::remote;
-use crate::schedule::SchedulerKind;
+use crate::schedule::SchedulerChoice;
 
 /// An open device.
 #[derive(Clone)]
@@ -184,7 +184,7 @@ pub(super) trait PaintOnDevice {
     fn default_size(&self) -> ImageSize;
 
     /// The scheduler that pictures are made with.
-    fn scheduler(&self) -> SchedulerKind;
+    fn scheduler(&self) -> SchedulerChoice;
 
     /// Number type of the computation.
     fn dtype(&self) -> DType;
@@ -223,8 +223,8 @@ impl Painter for PlacedPainter {
         self.painter.default_size()
     }
 
-    fn sampler(&self) -> &str {
-        self.painter.scheduler().label()
+    fn scheduler(&self) -> SchedulerChoice {
+        self.painter.scheduler()
     }
 
     fn paint(
@@ -241,7 +241,7 @@ impl Painter for PlacedPainter {
         let Identity { weights_hash, encoder_hash, vae_hash, config_hash } =
             self.identity.wait()?;
         Ok(Provenance {
-            scheduler: self.painter.scheduler().name().into(),
+            scheduler: self.painter.scheduler().to_string(),
             dtype: self.painter.dtype().as_str().into(),
             weights_hash,
             encoder_hash,

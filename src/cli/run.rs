@@ -20,15 +20,15 @@ use crate::error::Result;
 use crate::image::{ImageSize, Picture};
 use crate::pipeline::PictureRequest;
 use crate::progress::{Event, Progress};
-use crate::schedule::SchedulerKind;
+use crate::schedule::SchedulerChoice;
 
 /// A loaded model on its device.
 pub trait Painter {
     /// The size that the model was trained for.
     fn default_size(&self) -> ImageSize;
 
-    /// The scheduler's name in AUTOMATIC1111's spelling, such as `DPM++ 2M`.
-    fn sampler(&self) -> &str;
+    /// The scheduler that pictures are made with whose job names none.
+    fn scheduler(&self) -> SchedulerChoice;
 
     /// What of a picture's record the model and its devices decide; waits for the model's hash if
     /// that is not computed yet.
@@ -138,7 +138,8 @@ fn check_outputs(job: &Job) -> Result<()> {
 }
 
 fn describe(job: &Job, display: &Display) {
-    let scheduler = job.scheduler.map_or("the model's", SchedulerKind::name);
+    let own = || "the model's".to_owned();
+    let scheduler = job.scheduler.map_or_else(own, |choice| choice.to_string());
     display.detail(format!(
         "model {}, device {}, dtype {}, scheduler {scheduler}, {} steps, guidance scale {}, \
          seed {}",
@@ -215,6 +216,7 @@ mod tests {
     use crate::cli::{Process, Request, job::tests::job_of, parse, report};
     use crate::error::Error;
     use crate::progress::Event;
+    use crate::schedule::SchedulerKind;
 
     /// Paints a pattern; for the prompt `endless` it stops only when asked to, for `deaf` not
     /// even then.
@@ -225,8 +227,8 @@ mod tests {
             ImageSize { height: 16, width: 24 }
         }
 
-        fn sampler(&self) -> &str {
-            "DPM++ 2M"
+        fn scheduler(&self) -> SchedulerChoice {
+            SchedulerKind::DpmSolverMultistep.into()
         }
 
         fn provenance(&mut self) -> Result<Provenance> {

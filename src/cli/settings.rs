@@ -147,7 +147,7 @@ pub struct Provenance {
 impl Settings {
     /// The record of one of a job's pictures.
     pub fn new(job: &Job, seed: u64, size: ImageSize, provenance: Provenance) -> Self {
-        let scheduler = job.scheduler.map(|kind| kind.name().to_owned());
+        let scheduler = job.scheduler.map(|choice| choice.to_string());
         let image = job.image.as_ref();
         let texts = job.texts(seed);
         let negative_prompt = texts.negative_prompt.into_owned();

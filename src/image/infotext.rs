@@ -223,6 +223,7 @@ mod tests {
                 negative_prompt,
                 steps: seed as usize % 1000,
                 sampler: "DPM++ 2M".into(),
+                schedule_type: (seed % 2 == 0).then(|| "Karras".into()),
                 guidance_scale: seed as f64 / 7.0,
                 seed: u64::MAX - seed,
                 size: ImageSize { height: 8, width: 16 },
@@ -236,6 +237,8 @@ mod tests {
             assert_eq!(found.get("Seed"), Some(&*before.seed.to_string()), "seed {seed}");
             let scale: f64 = found.get("CFG scale").unwrap().parse().unwrap();
             assert_eq!(scale.to_bits(), before.guidance_scale.to_bits(), "seed {seed}");
+            let schedule_type = before.schedule_type.as_deref();
+            assert_eq!(found.get("Schedule type"), schedule_type, "seed {seed}");
             assert_eq!(found.get("Steps"), Some(&*before.steps.to_string()), "seed {seed}");
             // Plain values lose the spaces at their ends, and what looks quoted its quotes.
             let model = &before.model;

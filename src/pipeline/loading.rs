@@ -17,7 +17,7 @@ use crate::model::unet::UNetConfig;
 use crate::model::{AutoencoderConfig, AutoencoderDecoder, TextEncoder, UNet};
 use crate::nn::Loader;
 use crate::progress::{Event, Progress};
-use crate::schedule::{SchedulerConfig, SchedulerKind};
+use crate::schedule::{SchedulerChoice, SchedulerConfig};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{
     Checkpoint, Component, ComponentChanges, Model, TokenizerFiles, Variant, names,
@@ -31,7 +31,7 @@ pub struct LoadOptions {
     /// Which of several forms of the weights.
     pub variant: Option<Variant>,
     /// Instead of the model's own scheduler.
-    pub scheduler: Option<SchedulerKind>,
+    pub scheduler: Option<SchedulerChoice>,
     /// Whether pictures begin with images, which the VAE must encode.
     pub encodes: bool,
     /// What is not the model's.
@@ -52,7 +52,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         // Configurations first: what is not covered is found before any weight is read.
         let scheduler_config = SchedulerConfig::parse(&model.scheduler_config()?)?;
         let scheduler = match options.scheduler {
-            Some(kind) => scheduler_config.for_scheduler(kind)?,
+            Some(choice) => scheduler_config.for_scheduler(choice)?,
             None => scheduler_config.scheduler()?,
         };
         let mut tokenizer = match model.tokenizer() {
@@ -102,7 +102,7 @@ pub struct Outline {
     /// The size that it was trained for.
     pub size: ImageSize,
     /// Its own scheduler, if that is one of ours.
-    pub scheduler: Option<SchedulerKind>,
+    pub scheduler: Option<SchedulerChoice>,
 }
 
 impl Outline {
@@ -111,7 +111,7 @@ impl Outline {
     /// # Errors
     /// Names the file or the field that is missing or not covered.
     pub fn of(model: &Model) -> Result<Self> {
-        let scheduler = SchedulerConfig::parse(&model.scheduler_config()?)?.kind();
+        let scheduler = SchedulerConfig::parse(&model.scheduler_config()?)?.choice();
         Ok(Self { size: default_size(model)?, scheduler })
     }
 }

@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value};
 
-use super::{Scheduler, SchedulerKind};
+use super::{Scheduler, SchedulerChoice, SchedulerKind, SigmaSchedule};
 use crate::{Error, Result};
 
 /// A scheduler's configuration: the class that wrote it and what it sets.
@@ -43,8 +43,28 @@ impl SchedulerConfig {
     }
 
     /// The scheduler that the configuration is for, none if it is not one of ours.
-    pub fn kind(&self) -> Option<SchedulerKind> {
-        SchedulerKind::ALL.iter().copied().find(|kind| kind.class_name() == self.class_name)
+    pub fn choice(&self) -> Option<SchedulerChoice> {
+        let algorithm_type = match self.given.get("algorithm_type") {
+            None => "dpmsolver++",
+            // The class takes it for its own.
+            Some(name) if name == "deis" => "dpmsolver++",
+            Some(name) => name.as_str().unwrap_or_default(),
+        };
+        let is_it = |kind: &SchedulerKind| {
+            kind.info().algorithm_type.is_none_or(|own| own == algorithm_type)
+        };
+        let kind = self.kinds().find(is_it)?;
+        let is_set = |sigmas: &SigmaSchedule| {
+            self.given.get(sigmas.field()).is_some_and(|value| *value == Value::Bool(true))
+        };
+        let sigmas = SigmaSchedule::ALL.into_iter().find(is_set);
+        Some(SchedulerChoice::new(kind, sigmas).unwrap_or(kind.into()))
+    }
+
+    /// The schedulers that the class can be.
+    fn kinds(&self) -> impl Iterator<Item = SchedulerKind> {
+        let is_it = |kind: &SchedulerKind| kind.info().class_name == self.class_name;
+        SchedulerKind::ALL.iter().copied().filter(is_it)
     }
 
     /// The configuration's own scheduler.
@@ -52,7 +72,9 @@ impl SchedulerConfig {
     /// # Errors
     /// A class that is not one of ours, or a field whose value is not covered, by name.
     pub fn scheduler(&self) -> Result<Scheduler> {
-        let Some(kind) = self.kind() else {
+        // Where none fits, reading the configuration says why.
+        let kind = self.choice().map(SchedulerChoice::kind).or_else(|| self.kinds().next());
+        let Some(kind) = kind else {
             let known: Vec<&str> = SchedulerKind::ALL.iter().map(|kind| kind.name()).collect();
             return Err(Error::model(format!(
                 "scheduler_config.json: {} is not supported; choose another with --scheduler {}",
@@ -60,28 +82,49 @@ impl SchedulerConfig {
                 known.join("|")
             )));
         };
-        self.for_scheduler(kind)
+        self.read(kind.into())
     }
 
     /// Another scheduler with this configuration, as
     /// `pipe.scheduler = OtherScheduler.from_config(pipe.scheduler.config)` makes it: it takes
     /// over what the configuration sets and it knows, also what the configuration's own class
     /// does not know, and has its own defaults for the rest. The same scheduler is just itself.
+    /// A choice of sigmas is what another argument of `from_config` is: `use_karras_sigmas=True`.
     ///
     /// # Errors
     /// A field whose value is not covered, by name.
-    pub fn for_scheduler(&self, kind: SchedulerKind) -> Result<Scheduler> {
+    pub fn for_scheduler(&self, choice: SchedulerChoice) -> Result<Scheduler> {
+        let mut config = self.clone();
+        if let Some(algorithm_type) = choice.kind().info().algorithm_type {
+            config.given.insert("algorithm_type".into(), algorithm_type.into());
+        }
+        if choice.sigmas().is_some() {
+            for sigmas in SigmaSchedule::ALL {
+                let is_chosen = choice.sigmas() == Some(sigmas);
+                config.given.insert(sigmas.field().into(), is_chosen.into());
+            }
+        }
+        config.read(choice)
+    }
+
+    fn read(&self, choice: SchedulerChoice) -> Result<Scheduler> {
+        let kind = choice.kind();
+        let class_name = kind.info().class_name;
         let mut given = self.given.clone();
         // StableDiffusionPipeline corrects its scheduler before anyone can switch.
         for (key, value) in [("steps_offset", Value::from(1)), ("clip_sample", Value::from(false))]
         {
-            if given.contains_key(key) || self.kind() == Some(kind) {
+            if given.contains_key(key) || self.class_name == class_name {
                 given.insert(key.to_owned(), value);
             }
         }
-        let fields = Fields { class_name: kind.class_name(), given };
+        // A flag that this configuration sets is part of the name.
+        let choice = Self { class_name: class_name.into(), given: given.clone() }.choice();
+        let fields = Fields { class_name, given };
         let num_train_timesteps = super::training::num_train_timesteps(&fields)?;
-        Ok(Scheduler { kind, num_train_timesteps, settings: kind.read(&fields)? })
+        let choice = SchedulerChoice::new(kind, choice.and_then(SchedulerChoice::sigmas));
+        let choice = choice.unwrap_or(kind.into());
+        Ok(Scheduler { choice, num_train_timesteps, settings: kind.read(&fields)? })
     }
 }
 
@@ -103,11 +146,24 @@ impl Fields {
         }
     }
 
+    /// Whether a field is this name.
+    pub(super) fn is(&self, name: &str, value: &str) -> bool {
+        self.given.get(name).is_some_and(|given| given == value)
+    }
+
     /// A number, finite or not.
     pub(super) fn number(&self, name: &str, default: f64) -> Result<f64> {
         self.given.get(name).map_or(Ok(default), |value| {
             number(value).ok_or_else(|| self.refuse(format!("{name} is {value}, not a number")))
         })
+    }
+
+    /// A number, none where it is null or missing.
+    pub(super) fn optional_number(&self, name: &str) -> Result<Option<f64>> {
+        match self.given.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(_) => self.number(name, 0.0).map(Some),
+        }
     }
 
     /// A whole number in a range.
@@ -145,12 +201,33 @@ impl Fields {
         })
     }
 
+    /// As [`choice`](Self::choice), with null for the default.
+    pub(super) fn choice_or_null<T: Copy>(
+        &self,
+        name: &str,
+        default: T,
+        known: &[(&str, T)],
+    ) -> Result<T> {
+        match self.given.get(name) {
+            Some(Value::Null) => Ok(default),
+            None | Some(_) => self.choice(name, default, known),
+        }
+    }
+
     /// Refuses a flag, missing or given, that must not be set.
     pub(super) fn must_be(&self, name: &str, default: bool, covered: bool) -> Result<()> {
         if self.flag(name, default)? == covered {
             return Ok(());
         }
         Err(self.unsupported(name, &!covered, &covered.to_string()))
+    }
+
+    /// Refuses a field, missing or given, that must not have a value.
+    pub(super) fn must_be_null(&self, name: &str) -> Result<()> {
+        match self.given.get(name) {
+            None | Some(Value::Null) => Ok(()),
+            Some(value) => Err(self.unsupported(name, value, "null")),
+        }
     }
 
     /// Refuses certain values of a field that is otherwise without effect.
@@ -218,14 +295,11 @@ mod tests {
     fn a_value_that_is_not_covered_is_refused_by_name() {
         for (class_name, field, value) in [
             (DPM, "thresholding", json!(true)),
-            (DPM, "use_karras_sigmas", json!(true)),
-            (DPM, "use_exponential_sigmas", json!(true)),
-            (DPM, "use_beta_sigmas", json!(true)),
+            (DPM, "use_karras_sigmas", json!(1)),
             (DPM, "use_lu_lambdas", json!(true)),
             (DPM, "use_flow_sigmas", json!(true)),
             (DPM, "use_dynamic_shifting", json!(true)),
-            (DPM, "algorithm_type", json!("sde-dpmsolver++")),
-            (DPM, "algorithm_type", json!("deis")),
+            (DPM, "algorithm_type", json!("dpmsolver")),
             (DPM, "solver_order", json!(4)),
             (DPM, "solver_order", json!(2.5)),
             (DPM, "solver_type", json!("rk4")),
@@ -247,10 +321,21 @@ mod tests {
             (DPM, "num_train_timesteps", json!(1_000_000_000)),
             ("DDIMScheduler", "thresholding", json!(true)),
             ("PNDMScheduler", "prediction_type", json!("sample")),
-            ("EulerDiscreteScheduler", "use_karras_sigmas", json!(true)),
             ("EulerDiscreteScheduler", "interpolation_type", json!("log_linear")),
             ("EulerDiscreteScheduler", "timestep_type", json!("continuous")),
             ("EulerAncestralDiscreteScheduler", "prediction_type", json!("sample")),
+            ("KDPM2DiscreteScheduler", "prediction_type", json!("sample")),
+            ("KDPM2AncestralDiscreteScheduler", "timestep_spacing", json!("even")),
+            ("HeunDiscreteScheduler", "beta_schedule", json!("exp")),
+            ("LMSDiscreteScheduler", "use_beta_sigmas", json!("yes")),
+            ("DPMSolverSinglestepScheduler", "algorithm_type", json!("dpmsolver")),
+            ("DEISMultistepScheduler", "use_flow_sigmas", json!(true)),
+            ("UniPCMultistepScheduler", "solver_p", json!({})),
+            ("UniPCMultistepScheduler", "solver_order", json!(4)),
+            ("DDPMScheduler", "variance_type", json!("learned_range")),
+            ("DDPMScheduler", "thresholding", json!(true)),
+            ("LCMScheduler", "thresholding", json!(true)),
+            ("TCDScheduler", "original_inference_steps", json!(1001)),
         ] {
             let message = refusal(config(class_name, &json!({ field: value })).scheduler());
             assert!(message.contains(field) && message.contains(class_name), "{message}");
@@ -259,27 +344,58 @@ mod tests {
 
     #[test]
     fn what_another_class_does_not_know_does_not_stop_it() {
-        let karras = config(DPM, &json!({ "use_karras_sigmas": true, "thresholding": true }));
-        assert!(karras.for_scheduler(SchedulerKind::Pndm).is_ok());
-        assert!(karras.for_scheduler(SchedulerKind::EulerAncestral).is_ok());
-        assert!(refusal(karras.for_scheduler(SchedulerKind::Euler)).contains("use_karras_sigmas"));
+        let odd = json!({ "interpolation_type": "log_linear", "thresholding": true });
+        let odd = config(DPM, &odd);
+        assert!(odd.for_scheduler(SchedulerKind::Pndm.into()).is_ok());
+        assert!(odd.for_scheduler(SchedulerKind::EulerAncestral.into()).is_ok());
+        let message = refusal(odd.for_scheduler(SchedulerKind::Euler.into()));
+        assert!(message.contains("interpolation_type"), "{message}");
+    }
+
+    #[test]
+    fn a_name_is_what_the_configuration_makes_of_a_class() {
+        let check = |class_name: &str, changes: &Value, own: &str, chosen: &str, result: &str| {
+            let config = config(class_name, changes);
+            assert_eq!(config.scheduler().unwrap().choice().to_string(), own);
+            let choice = SchedulerChoice::parse(chosen).unwrap();
+            let scheduler = config.for_scheduler(choice).unwrap();
+            assert_eq!(scheduler.choice().to_string(), result, "{class_name} {chosen}");
+        };
+        let none = json!({});
+        let karras = json!({ "use_karras_sigmas": true });
+        let sde = json!({ "algorithm_type": "sde-dpmsolver++", "use_beta_sigmas": true });
+        check(DPM, &none, "dpm++2m", "euler", "euler");
+        check(DPM, &sde, "dpm++2m-sde-beta", "dpm++2m", "dpm++2m-beta");
+        // It takes over what the configuration sets, as from_config does, but for what is named.
+        check(DPM, &karras, "dpm++2m-karras", "euler", "euler-karras");
+        check(DPM, &karras, "dpm++2m-karras", "euler-a", "euler-a");
+        check(DPM, &karras, "dpm++2m-karras", "dpm++2m-sde-beta", "dpm++2m-sde-beta");
+    }
+
+    #[test]
+    fn two_spacings_of_sigmas_at_once_are_refused() {
+        let both = json!({ "use_karras_sigmas": true, "use_beta_sigmas": true });
+        let message = refusal(config(DPM, &both).scheduler());
+        assert!(message.contains("use_karras_sigmas and use_beta_sigmas are both"), "{message}");
     }
 
     #[test]
     fn ddim_made_from_a_configuration_without_clip_sample_would_clip() {
         let open = config("PNDMScheduler", &json!({}));
-        assert!(refusal(open.for_scheduler(SchedulerKind::Ddim)).contains("clip_sample true"));
+        assert!(
+            refusal(open.for_scheduler(SchedulerKind::Ddim.into())).contains("clip_sample true")
+        );
         let set = config("PNDMScheduler", &json!({ "clip_sample": false }));
-        assert!(set.for_scheduler(SchedulerKind::Ddim).is_ok());
+        assert!(set.for_scheduler(SchedulerKind::Ddim.into()).is_ok());
     }
 
     #[test]
     fn a_class_of_another_table_can_lend_its_configuration() {
-        let lms = config("LMSDiscreteScheduler", &json!({}));
-        assert_eq!(lms.kind(), None);
-        let message = refusal(lms.scheduler());
-        assert!(message.contains("LMSDiscreteScheduler") && message.contains("--scheduler"));
-        assert!(lms.for_scheduler(SchedulerKind::Euler).is_ok());
+        let other = config("IPNDMScheduler", &json!({}));
+        assert_eq!(other.choice(), None);
+        let message = refusal(other.scheduler());
+        assert!(message.contains("IPNDMScheduler") && message.contains("--scheduler"));
+        assert!(other.for_scheduler(SchedulerKind::Euler.into()).is_ok());
     }
 
     #[test]
@@ -298,6 +414,8 @@ mod tests {
             (SchedulerKind::Pndm, json!({ "skip_prk_steps": false }), 3),
             // timestep 1000, by the offset
             (SchedulerKind::Ddim, json!({}), 1000),
+            (SchedulerKind::Lcm, json!({}), 51),
+            (SchedulerKind::Tcd, json!({ "original_inference_steps": 20 }), 21),
             (SchedulerKind::DpmSolverMultistep, json!({ "timestep_spacing": "leading" }), 1000),
             // no original in the first sample, and a model that predicts the noise
             (
@@ -308,7 +426,7 @@ mod tests {
                 5,
             ),
         ] {
-            let error = config(kind.class_name(), &changes)
+            let error = config(kind.info().class_name, &changes)
                 .scheduler()
                 .expect("covered")
                 .plan(steps)
@@ -322,12 +440,18 @@ mod tests {
     fn every_number_of_steps_gives_a_plan_or_an_error() {
         for kind in SchedulerKind::ALL {
             for spacing in ["leading", "trailing", "linspace"] {
-                let config = config(kind.class_name(), &json!({ "timestep_spacing": spacing }));
+                let config =
+                    config(kind.info().class_name, &json!({ "timestep_spacing": spacing }));
                 let scheduler = config.scheduler().expect(spacing);
-                let refused = (1..=1000).filter(|steps| scheduler.plan(*steps).is_err());
-                let refused: Vec<usize> = refused.collect();
-                let least = refused.first().copied().unwrap_or(1001);
-                assert!(least > 500, "{} {spacing} refuses {refused:?}", kind.name());
+                let most = match kind {
+                    SchedulerKind::Lcm | SchedulerKind::Tcd => 50,
+                    _ => 499,
+                };
+                let counts = (1..=100).chain((101..=1000).step_by(37)).chain([499, 500, 999, 1000]);
+                let refused: Vec<usize> =
+                    counts.filter(|steps| scheduler.plan(*steps).is_err()).collect();
+                let least = refused.iter().copied().min().unwrap_or(1001);
+                assert!(least > most, "{} {spacing} refuses {refused:?}", kind.name());
             }
         }
     }

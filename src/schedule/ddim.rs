@@ -4,7 +4,7 @@ use super::config::Fields;
 use super::plan::{Blend, Combination, Plan, Step};
 use super::prediction::Prediction;
 use super::spacing::{Spacing, Timesteps, round};
-use super::training::NoiseSchedule;
+use super::training::{Betas, NoiseSchedule, Rescaling};
 use super::{Compile, Run};
 use crate::Result;
 
@@ -20,7 +20,7 @@ pub(super) fn read(fields: &Fields) -> Result<Ddim> {
     // diffusers' own default; Stable Diffusion's configurations set it to false.
     fields.must_be("clip_sample", true, false)?;
     Ok(Ddim {
-        training: NoiseSchedule::read(fields, true)?,
+        training: NoiseSchedule::read(fields, Betas::USUAL, Rescaling::ToZero)?,
         prediction: Prediction::read(fields)?,
         timesteps: Timesteps::read(fields, Spacing::Leading)?,
         set_alpha_to_one: fields.flag("set_alpha_to_one", true)?,

@@ -3,9 +3,10 @@
 //! noise is zero: diffusers draws it there, too, but nothing that is drawn later sees it.
 
 use super::config::Fields;
-use super::euler::{TrainingSigmas, derivative};
 use super::plan::{Combination, Plan, Source};
 use super::prediction::Prediction;
+use super::sigmas::{KarrasRounding, TrainingSigmas, derivative, step};
+use super::training::{Betas, Rescaling};
 use super::{Compile, Run};
 use crate::Result;
 
@@ -15,21 +16,25 @@ pub(super) struct EulerAncestral {
 }
 
 pub(super) fn read(fields: &Fields) -> Result<EulerAncestral> {
+    let (betas, rescaling) = (Betas::USUAL, Rescaling::AlmostToZero);
     Ok(EulerAncestral {
-        sigmas: TrainingSigmas::read(fields)?,
+        sigmas: TrainingSigmas::read(fields, betas, rescaling, None, KarrasRounding::None)?,
         prediction: Prediction::read_without_sample(fields)?,
     })
 }
 
 impl Compile for EulerAncestral {
     fn compile(&self, run: &Run) -> Result<Plan> {
-        self.sigmas.plan(run, 0.0, self.prediction, |sigma, next| {
+        let visited = self.sigmas.visit(run, 0.0)?;
+        let steps = visited.steps().map(|(_, timestep, sigma, next)| {
             let (square, next_square) = (sigma * sigma, next * next);
             let up_square = next_square * (square - next_square) / square;
             let down = (next_square - up_square).sqrt();
-            Combination::from(Source::Sample)
+            let sample = Combination::from(Source::Sample)
                 .plus_all(down - sigma, &derivative(self.prediction, sigma))
-                .plus(Source::Noise, up_square.sqrt())
-        })
+                .plus(Source::Noise, up_square.sqrt());
+            step(self.prediction, timestep, sigma, next, sample)
+        });
+        Plan::new(visited.start(run), steps.collect())
     }
 }

@@ -5,27 +5,45 @@
 //! A scheduler is one file, one row in the table below and one line in
 //! `tests/generate_schedules.py`.
 
+mod beta;
 mod config;
+mod consistency;
 mod ddim;
+mod ddpm;
+mod deis;
+mod dpm_singlestep;
 mod dpm_solver;
 mod euler;
 mod euler_ancestral;
+mod heun;
+mod kdpm2;
+mod lms;
+mod names;
 mod plan;
 mod pndm;
 mod prediction;
+mod sigma_schedule;
+mod sigmas;
+mod solver;
 mod spacing;
 mod training;
+mod unipc;
 
 pub use config::SchedulerConfig;
+pub use names::{SchedulerChoice, SchedulerInfo};
 pub use plan::{Blend, Combination, Plan, Source, Step, Store};
+pub use sigma_schedule::SigmaSchedule;
 
 use crate::{Error, Result};
 use config::Fields;
 
-/// The rows of the table become the enum and its names; each row's module has a
-/// `read(&Fields) -> Result<impl Compile>`.
+/// The rows of the table become the enum and what is known of each scheduler. A row's function
+/// reads a configuration: it is a `fn(&Fields) -> Result<impl Compile>`.
 macro_rules! schedulers {
-    ($($kind:ident $module:ident $name:literal $class:literal $label:literal)*) => {
+    ($($kind:ident $read:path {
+        $name:literal, $class:literal, $label:literal, $others:expr, $algorithm:expr,
+        $takes:literal, $note:literal
+    })*) => {
         /// A sampling algorithm.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum SchedulerKind {
@@ -36,72 +54,112 @@ macro_rules! schedulers {
             /// Every scheduler, in the order in which help lists them.
             pub const ALL: &[Self] = &[$(Self::$kind),*];
 
-            /// The name on the command line, such as `dpm++2m`.
-            pub fn name(self) -> &'static str {
-                match self { $(Self::$kind => $name,)* }
-            }
-
-            /// diffusers' class, as `_class_name` in a configuration names it.
-            pub fn class_name(self) -> &'static str {
-                match self { $(Self::$kind => $class,)* }
-            }
-
-            /// AUTOMATIC1111's name, for the "Sampler" of a picture's metadata.
-            pub fn label(self) -> &'static str {
-                match self { $(Self::$kind => $label,)* }
+            /// What the table says of it.
+            pub fn info(self) -> &'static SchedulerInfo {
+                match self {
+                    $(Self::$kind => &SchedulerInfo {
+                        name: $name,
+                        class_name: $class,
+                        label: $label,
+                        other_names: $others,
+                        algorithm_type: $algorithm,
+                        takes_sigma_schedules: $takes,
+                        note: $note,
+                    },)*
+                }
             }
 
             fn read(self, fields: &Fields) -> Result<Box<dyn Compile>> {
-                match self { $(Self::$kind => Ok(Box::new($module::read(fields)?)),)* }
+                match self { $(Self::$kind => Ok(Box::new($read(fields)?)),)* }
             }
         }
     };
 }
+// kind, what reads its configuration, name on the command line, diffusers' class, AUTOMATIC1111's
+// "Sampler" or our name where it has none, other programs' names, which algorithm of its class it
+// is if there are several, whether its class knows Karras' sigmas and the others, a note for users.
 schedulers! {
-    // kind, file, name on the command line, diffusers' class, AUTOMATIC1111's "Sampler"
-    DpmSolverMultistep dpm_solver "dpm++2m" "DPMSolverMultistepScheduler" "DPM++ 2M"
-    Ddim ddim "ddim" "DDIMScheduler" "DDIM"
-    Pndm pndm "pndm" "PNDMScheduler" "PLMS"
-    Euler euler "euler" "EulerDiscreteScheduler" "Euler"
-    EulerAncestral euler_ancestral "euler-a" "EulerAncestralDiscreteScheduler" "Euler a"
+    DpmSolverMultistep dpm_solver::read {
+        "dpm++2m", "DPMSolverMultistepScheduler", "DPM++ 2M", &[], Some("dpmsolver++"), true,
+        "second order from two steps; solver_order 1 to 3"
+    }
+    DpmSolverMultistepSde dpm_solver::read {
+        "dpm++2m-sde", "DPMSolverMultistepScheduler", "DPM++ 2M SDE", &[],
+        Some("sde-dpmsolver++"), true, "as dpm++2m; draws noise in every step"
+    }
+    DpmSolverSinglestep dpm_singlestep::read {
+        "dpm++2s", "DPMSolverSinglestepScheduler", "DPM++ 2S", &[], None, true,
+        "second order in groups of two steps; solver_order 1 to 3"
+    }
+    Ddim ddim::read {
+        "ddim", "DDIMScheduler", "DDIM", &[], None, false, "first order, eta 0"
+    }
+    Ddpm ddpm::read {
+        "ddpm", "DDPMScheduler", "DDPM", &[], None, false,
+        "first order; draws noise in every step; for many steps"
+    }
+    Pndm pndm::read {
+        "pndm", "PNDMScheduler", "PLMS", &[], None, false,
+        "fourth order from four steps; evaluates the UNet once more than there are steps"
+    }
+    Euler euler::read {
+        "euler", "EulerDiscreteScheduler", "Euler", &[], None, true, "first order"
+    }
+    EulerAncestral euler_ancestral::read {
+        "euler-a", "EulerAncestralDiscreteScheduler", "Euler a", &["euler_ancestral"], None, false,
+        "first order; draws noise in every step"
+    }
+    Heun heun::read {
+        "heun", "HeunDiscreteScheduler", "Heun", &[], None, true,
+        "second order; evaluates the UNet twice a step"
+    }
+    Lms lms::read {
+        "lms", "LMSDiscreteScheduler", "LMS", &[], None, true, "fourth order from four steps"
+    }
+    Deis deis::read {
+        "deis", "DEISMultistepScheduler", "DEIS", &[], None, true,
+        "second order from two steps; solver_order 1 to 3"
+    }
+    UniPc unipc::read {
+        "unipc", "UniPCMultistepScheduler", "UniPC", &[], None, true,
+        "second order from two steps, each corrected by the next; solver_order 1 to 3"
+    }
+    Kdpm2 kdpm2::read {
+        "kdpm2", "KDPM2DiscreteScheduler", "DPM2", &[], None, true,
+        "second order; evaluates the UNet twice a step"
+    }
+    Kdpm2Ancestral kdpm2::read_ancestral {
+        "kdpm2-a", "KDPM2AncestralDiscreteScheduler", "DPM2 a", &["dpm_2_ancestral"], None, true,
+        "second order; evaluates the UNet twice a step; draws noise in every step"
+    }
+    Lcm consistency::read_lcm {
+        "lcm", "LCMScheduler", "LCM", &[], None, false,
+        "for models and LoRAs distilled for it, 2 to 8 steps; draws noise in every step"
+    }
+    Tcd consistency::read_tcd {
+        "tcd", "TCDScheduler", "TCD", &[], None, false,
+        "for models and LoRAs distilled for it, 2 to 8 steps; eta 0, as in diffusers' pipeline"
+    }
 }
 
 impl SchedulerKind {
-    /// The scheduler of a command-line name, or of AUTOMATIC1111's.
-    ///
-    /// # Errors
-    /// An unknown name: the nearest one, and all of them.
-    pub fn parse(name: &str) -> Result<Self> {
-        let is_named = |kind: &&Self| {
-            [kind.name(), kind.label()].iter().any(|known| known.eq_ignore_ascii_case(name))
-        };
-        if let Some(kind) = Self::ALL.iter().find(is_named) {
-            return Ok(*kind);
-        }
-        let known: Vec<&str> = Self::ALL.iter().map(|kind| kind.name()).collect();
-        let near = known.iter().map(|known| (edit_distance(name, known), known)).min();
-        let hint = match near {
-            Some((distance, near)) if distance <= 2 => format!("did you mean {near}? "),
-            Some(_) | None => String::new(),
-        };
-        Err(Error::usage(format!(
-            "--scheduler {name:?} is unknown; {hint}(known: {})",
-            known.join(", ")
-        )))
+    /// The name on the command line, such as `dpm++2m`.
+    pub fn name(self) -> &'static str {
+        self.info().name
     }
 }
 
 /// A scheduler whose every setting is known and covered: what is left is the number of steps.
 pub struct Scheduler {
-    kind: SchedulerKind,
+    choice: SchedulerChoice,
     num_train_timesteps: usize,
     settings: Box<dyn Compile>,
 }
 
 impl Scheduler {
-    /// Which one it is.
-    pub fn kind(&self) -> SchedulerKind {
-        self.kind
+    /// Which one it is, and how its sigmas are spaced.
+    pub fn choice(&self) -> SchedulerChoice {
+        self.choice
     }
 
     /// The numbers of a whole run of `steps` steps (diffusers' `num_inference_steps`; PNDM
@@ -148,7 +206,7 @@ impl Scheduler {
         }
         self.settings
             .compile(run)
-            .map_err(|error| error.context(format!("scheduler {}", self.kind.name())))
+            .map_err(|error| error.context(format!("scheduler {}", self.choice)))
     }
 }
 
@@ -206,22 +264,6 @@ impl Run {
     }
 }
 
-/// Levenshtein's distance.
-fn edit_distance(left: &str, right: &str) -> usize {
-    let right: Vec<char> = right.chars().collect();
-    let mut row: Vec<usize> = (0..=right.len()).collect();
-    // Names are short; what a user types may not be.
-    for (index, a) in left.chars().take(64).enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], index + 1);
-        for (column, b) in right.iter().enumerate() {
-            let cost = diagonal + usize::from(a != *b);
-            diagonal = row[column + 1];
-            row[column + 1] = cost.min(diagonal + 1).min(row[column] + 1);
-        }
-    }
-    row[right.len()]
-}
-
 #[cfg(test)]
 mod golden;
 
@@ -238,7 +280,7 @@ mod tests {
         });
         for kind in SchedulerKind::ALL {
             let config = SchedulerConfig::parse(&config).unwrap();
-            let plan = config.for_scheduler(*kind).unwrap().plan(20).unwrap();
+            let plan = config.for_scheduler((*kind).into()).unwrap().plan(20).unwrap();
             for step in &plan.steps {
                 let weight = |source| {
                     let terms = step.original.terms().iter();
@@ -276,22 +318,6 @@ mod tests {
         {
             let error = scheduler.plan_from(20, strength).expect_err("no such part");
             assert!(error.to_string().contains(named), "{error}");
-            assert_eq!(error.kind(), crate::error::Kind::Usage);
-        }
-    }
-
-    #[test]
-    fn every_name_is_parsed_and_a_misspelt_one_is_answered() {
-        for kind in SchedulerKind::ALL {
-            assert_eq!(SchedulerKind::parse(kind.name()).ok(), Some(*kind));
-        }
-        for (typed, answer) in [
-            ("eluer", "did you mean euler?"),
-            ("dpm++2n", "did you mean dpm++2m?"),
-            ("heun-something", "(known: dpm++2m, ddim, pndm, euler, euler-a)"),
-        ] {
-            let error = SchedulerKind::parse(typed).expect_err(typed);
-            assert!(error.to_string().contains(answer), "{error}");
             assert_eq!(error.kind(), crate::error::Kind::Usage);
         }
     }

@@ -5,7 +5,7 @@ use super::config::Fields;
 use super::plan::{Blend, Combination, Plan, Source, Step, Store};
 use super::prediction::Prediction;
 use super::spacing::{Spacing, Timesteps, round};
-use super::training::NoiseSchedule;
+use super::training::{Betas, NoiseSchedule, Rescaling};
 use super::{Compile, Run};
 use crate::{Error, Result};
 
@@ -29,7 +29,7 @@ pub(super) struct Pndm {
 
 pub(super) fn read(fields: &Fields) -> Result<Pndm> {
     Ok(Pndm {
-        training: NoiseSchedule::read(fields, false)?,
+        training: NoiseSchedule::read(fields, Betas::USUAL, Rescaling::Unknown)?,
         prediction: Prediction::read_without_sample(fields)?,
         timesteps: Timesteps::read(fields, Spacing::Leading)?,
         set_alpha_to_one: fields.flag("set_alpha_to_one", false)?,

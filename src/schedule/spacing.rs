@@ -23,6 +23,9 @@ pub(super) struct Timesteps {
 }
 
 impl Timesteps {
+    /// As in classes that know neither.
+    pub(super) const LINSPACE: Self = Self { spacing: Spacing::Linspace, offset: 0 };
+
     /// Reads both; the classes have different defaults for the spacing and 0 for the offset.
     pub(super) fn read(fields: &Fields, default: Spacing) -> Result<Self> {
         let known = [
@@ -39,7 +42,7 @@ impl Timesteps {
     /// to clean. Not rounded where `linspace` gives fractions.
     pub(super) fn visit(self, train: usize, steps: usize) -> Vec<f64> {
         match self.spacing {
-            Spacing::Linspace => reversed(linspace(train - 1, steps)),
+            Spacing::Linspace => reversed(linspace(0.0, (train - 1) as f64, steps)),
             Spacing::Leading => reversed(self.leading(train / steps, 0..steps)),
             Spacing::Trailing => trailing(train, train, steps),
         }
@@ -49,7 +52,9 @@ impl Timesteps {
     /// Always whole numbers.
     pub(super) fn visit_above_lowest(self, train: usize, last: usize, steps: usize) -> Vec<f64> {
         match self.spacing {
-            Spacing::Linspace => reversed(round(linspace(last - 1, steps + 1).split_off(1))),
+            Spacing::Linspace => {
+                reversed(round(linspace(0.0, (last - 1) as f64, steps + 1).split_off(1)))
+            }
             Spacing::Leading => reversed(self.leading(last / (steps + 1), 1..steps + 1)),
             Spacing::Trailing => trailing(train, last, steps),
         }
@@ -65,12 +70,12 @@ pub(super) fn round(timesteps: Vec<f64>) -> Vec<f64> {
     timesteps.into_iter().map(f64::round_ties_even).collect()
 }
 
-/// `np.linspace(0, stop, count)`: a single one is 0.
-fn linspace(stop: usize, count: usize) -> Vec<f64> {
-    let step = stop as f64 / (count.max(2) - 1) as f64;
-    let mut values: Vec<f64> = (0..count).map(|index| index as f64 * step).collect();
+/// `np.linspace(start, stop, count)`: a single one is the start.
+pub(super) fn linspace(start: f64, stop: f64, count: usize) -> Vec<f64> {
+    let step = (stop - start) / (count.max(2) - 1) as f64;
+    let mut values: Vec<f64> = (0..count).map(|index| index as f64 * step + start).collect();
     if let [_, .., last] = values.as_mut_slice() {
-        *last = stop as f64;
+        *last = stop;
     }
     values
 }

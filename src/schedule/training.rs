@@ -20,34 +20,60 @@ pub(super) struct NoiseSchedule {
     alphas_cumprod: Vec<f32>,
 }
 
+/// `beta_schedule`.
 #[derive(Clone, Copy)]
-enum BetaSchedule {
+pub(super) enum BetaSchedule {
     Linear,
     ScaledLinear,
     SquaredCosine,
 }
 
+/// The betas of a class whose configuration sets none.
+#[derive(Clone, Copy)]
+pub(super) struct Betas {
+    start: f64,
+    end: f64,
+    schedule: BetaSchedule,
+}
+
+impl Betas {
+    /// Of most classes.
+    pub(super) const USUAL: Self = Self { start: 0.0001, end: 0.02, ..Self::NARROW };
+    /// Of Heun's method and DPM2.
+    pub(super) const NARROW: Self =
+        Self { start: 0.00085, end: 0.012, schedule: BetaSchedule::Linear };
+    /// Of LCM and TCD: Stable Diffusion's.
+    pub(super) const STABLE: Self = Self { schedule: BetaSchedule::ScaledLinear, ..Self::NARROW };
+}
+
+/// What a class makes of `rescale_betas_zero_snr`. One without that parameter does not see what
+/// another class's configuration says, as in diffusers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rescaling {
+    /// Nothing.
+    Unknown,
+    /// Nothing of the original is left at the last timestep.
+    ToZero,
+    /// Of its square 2^-24 is left, so that the first sigma is finite.
+    AlmostToZero,
+}
+
 impl NoiseSchedule {
-    /// Reads the betas. `rescale_betas_zero_snr` is read where `rescalable`: PNDM has no such
-    /// parameter, and as in diffusers it does not see another class's.
-    pub(super) fn read(fields: &Fields, rescalable: bool) -> Result<Self> {
-        let mut betas = betas(fields)?;
-        if rescalable && fields.flag("rescale_betas_zero_snr", false)? {
+    /// Reads the betas.
+    pub(super) fn read(fields: &Fields, default: Betas, rescaling: Rescaling) -> Result<Self> {
+        let mut betas = betas(fields, default)?;
+        let is_rescaled =
+            rescaling != Rescaling::Unknown && fields.flag("rescale_betas_zero_snr", false)?;
+        if is_rescaled {
             rescale_zero_terminal_snr(&mut betas);
         }
-        Ok(Self { alphas_cumprod: cumulative_product(betas.iter().map(|beta| 1.0 - beta)) })
-    }
-
-    /// As [`Self::read`], with the zero of `rescale_betas_zero_snr` replaced by 2^-24 so that the
-    /// first sigma is finite, as the schedulers that think in sigmas do.
-    pub(super) fn read_for_sigmas(fields: &Fields) -> Result<Self> {
-        let mut schedule = Self::read(fields, true)?;
-        if fields.flag("rescale_betas_zero_snr", false)?
-            && let Some(last) = schedule.alphas_cumprod.last_mut()
+        let mut alphas_cumprod = cumulative_product(betas.iter().map(|beta| 1.0 - beta));
+        if let (true, Rescaling::AlmostToZero, Some(last)) =
+            (is_rescaled, rescaling, alphas_cumprod.last_mut())
         {
             *last = ALMOST_ZERO;
         }
-        Ok(schedule)
+        Ok(Self { alphas_cumprod })
     }
 
     /// `num_train_timesteps`.
@@ -99,7 +125,7 @@ pub(super) fn num_train_timesteps(fields: &Fields) -> Result<usize> {
     Ok(fields.integer("num_train_timesteps", 1000, 1..=TRAIN_TIMESTEPS_MAX)? as usize)
 }
 
-/// `np.interp(timestep, arange(len(sigmas)), sigmas)` rounded to f32, as the schedulers keep it.
+/// `np.interp(timestep, arange(len(sigmas)), sigmas)`.
 pub(super) fn interpolate(sigmas: &[f32], timestep: f64) -> f64 {
     let last = sigmas.len() - 1;
     let place = timestep.clamp(0.0, last as f64);
@@ -108,8 +134,7 @@ pub(super) fn interpolate(sigmas: &[f32], timestep: f64) -> f64 {
     let high = f64::from(sigmas[(index + 1).min(last)]);
     let fraction = place - index as f64;
     // At a training timestep the slope plays no part: it may not be finite.
-    let value = if fraction == 0.0 { low } else { (high - low) * fraction + low };
-    f64::from(value as f32)
+    if fraction == 0.0 { low } else { (high - low) * fraction + low }
 }
 
 /// A share of noise: outside of 0 to 1 no run would end in numbers, whatever its steps.
@@ -121,7 +146,7 @@ fn share(fields: &Fields, name: &str, default: f64) -> Result<f64> {
     Err(fields.refuse(format!("{name} is {share}, not from 0 to 1")))
 }
 
-fn betas(fields: &Fields) -> Result<Vec<f32>> {
+fn betas(fields: &Fields, default: Betas) -> Result<Vec<f32>> {
     let count = num_train_timesteps(fields)?;
     if let Some(trained) = fields.numbers("trained_betas")? {
         if trained.len() != count {
@@ -132,14 +157,14 @@ fn betas(fields: &Fields) -> Result<Vec<f32>> {
         }
         return Ok(trained.into_iter().map(|beta| beta as f32).collect());
     }
-    let start = share(fields, "beta_start", 0.0001)?;
-    let end = share(fields, "beta_end", 0.02)?;
+    let start = share(fields, "beta_start", default.start)?;
+    let end = share(fields, "beta_end", default.end)?;
     let known = [
         ("linear", BetaSchedule::Linear),
         ("scaled_linear", BetaSchedule::ScaledLinear),
         ("squaredcos_cap_v2", BetaSchedule::SquaredCosine),
     ];
-    Ok(match fields.choice("beta_schedule", BetaSchedule::Linear, &known)? {
+    Ok(match fields.choice("beta_schedule", default.schedule, &known)? {
         BetaSchedule::Linear => torch_linspace(start, end, count),
         BetaSchedule::ScaledLinear => {
             let roots = torch_linspace(start.sqrt(), end.sqrt(), count);

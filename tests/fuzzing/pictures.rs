@@ -78,6 +78,7 @@ fn draw(random: &mut Random) -> Vec<u8> {
                 negative_prompt: text(random, line),
                 steps: 1,
                 sampler: "DDIM".into(),
+                schedule_type: None,
                 guidance_scale: 1.0,
                 seed: 1,
                 size,

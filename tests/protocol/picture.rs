@@ -39,7 +39,7 @@ fn paint<B: Backend>(
     let options = LoadOptions {
         dtype: DType::F32,
         variant: None,
-        scheduler: Some(scheduler),
+        scheduler: Some(scheduler.into()),
         encodes: false,
         additions: Additions::default(),
     };

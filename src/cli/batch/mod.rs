@@ -42,7 +42,7 @@ use crate::error::{Error, Result};
 use crate::image::ImageSize;
 use crate::pipeline::{self, Outline};
 use crate::progress::Progress;
-use crate::schedule::SchedulerKind;
+use crate::schedule::SchedulerChoice;
 
 /// Largest file of jobs, in bytes.
 const MAX_JOBS_BYTES: usize = 256 << 20;
@@ -211,7 +211,7 @@ fn run(batch: &BatchJob, stream: &Stream) -> Result<ExitCode> {
 ///
 /// # Errors
 /// If a job needs the model's own scheduler, and that is not covered.
-fn common(tasks: &[Task], job: &Job, own: Option<SchedulerKind>) -> Result<Job> {
+fn common(tasks: &[Task], job: &Job, own: Option<SchedulerChoice>) -> Result<Job> {
     let without = tasks.iter().find(|task| own.is_none() && task.job.scheduler.is_none());
     if let Some(Task { line, .. }) = without {
         return Err(Error::model(format!(
@@ -261,7 +261,7 @@ impl Known {
     fn new(job: &Job, outline: &Outline, identity: &Identity, additions: &AdditionRecords) -> Self {
         let Identity { weights_hash, encoder_hash, vae_hash, config_hash } = identity.clone();
         let provenance = Provenance {
-            scheduler: outline.scheduler.map_or("", SchedulerKind::name).into(),
+            scheduler: outline.scheduler.map(|choice| choice.to_string()).unwrap_or_default(),
             dtype: job.dtype.as_str().into(),
             weights_hash,
             encoder_hash,

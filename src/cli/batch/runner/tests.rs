@@ -15,6 +15,7 @@ use crate::cli::settings::Provenance;
 use crate::cli::values::Verbosity;
 use crate::image::Picture;
 use crate::pipeline::PictureRequest;
+use crate::schedule::{SchedulerChoice, SchedulerKind};
 
 const SIZE: ImageSize = ImageSize { height: 8, width: 8 };
 
@@ -32,8 +33,8 @@ impl Painter for Mortal {
         SIZE
     }
 
-    fn sampler(&self) -> &str {
-        "Euler"
+    fn scheduler(&self) -> SchedulerChoice {
+        SchedulerKind::Euler.into()
     }
 
     fn provenance(&mut self) -> Result<Provenance> {

@@ -1,0 +1,72 @@
+#!/usr/bin/env python3
+"""Makes tests/fixtures/golden/tiny/schedulers.safetensors: the latents of every scheduler's picture.
+
+    python -m pip install -r scripts/requirements.txt
+    python scripts/golden/schedulers.py
+
+One picture each from StableDiffusionPipeline on the stored model tiny, with the noise that the
+pipeline draws from one generator. generate.py makes it, too, after the models.
+"""
+
+from pathlib import Path
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+
+import goldens
+
+FIXTURES = Path(__file__).resolve().parents[2] / "tests" / "fixtures"
+PREFIXES = {
+    "dpm++2m": "DPMSolverMultistep",
+    "dpm++2m-sde": "DPMSolverMultistep",
+    "dpm++2s": "DPMSolverSinglestep",
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "pndm": "PNDM",
+    "euler": "EulerDiscrete",
+    "euler-a": "EulerAncestralDiscrete",
+    "heun": "HeunDiscrete",
+    "lms": "LMSDiscrete",
+    "deis": "DEISMultistep",
+    "unipc": "UniPCMultistep",
+    "kdpm2": "KDPM2Discrete",
+    "kdpm2-a": "KDPM2AncestralDiscrete",
+    "lcm": "LCM",
+    "tcd": "TCD",
+}
+STEPS = 5
+
+
+def write(output: Path) -> None:
+    """NAME.latents [1, 4, 8, 8], with each of the class's spacings of sigmas, too."""
+    torch.set_num_threads(1)
+    pipe = goldens.load(output / "models" / "tiny")
+    own = pipe.scheduler
+    tensors = {}
+    for name, prefix in PREFIXES.items():
+        kind = getattr(diffusers, f"{prefix}Scheduler")
+        changes = {"algorithm_type": "sde-dpmsolver++"} if name == "dpm++2m-sde" else {}
+        tensors[name] = latents(pipe, kind.from_config(own.config, **changes))
+        for spread in ["karras", "exponential", "beta"]:
+            flag = f"use_{spread}_sigmas"
+            if flag in kind().config:
+                stepper = kind.from_config(own.config, **changes, **{flag: True})
+                tensors[f"{name}-{spread}"] = latents(pipe, stepper)
+    save_file(tensors, output / "golden" / "tiny" / "schedulers.safetensors")
+    print(f"{len(tensors)} schedulers")
+
+
+def latents(pipe, stepper) -> torch.Tensor:
+    pipe.scheduler = stepper
+    generator = torch.Generator("cpu").manual_seed(42)
+    result = pipe(
+        goldens.PROMPT, height=64, width=64, num_inference_steps=STEPS, generator=generator,
+        output_type="latent",
+    )
+    assert result.images.isfinite().all(), stepper
+    return result.images.contiguous()
+
+
+if __name__ == "__main__":
+    write(FIXTURES)
