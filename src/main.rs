@@ -11,6 +11,7 @@ fn main() -> ExitCode {
             Request::Work(job) => cli::work(&job)?,
             Request::Compare(job) => return cli::compare(&job),
             Request::Tell(job) => cli::tell(&job)?,
+            Request::Schedulers(job) => cli::list_schedulers(job)?,
             Request::Verify(job) => return cli::verify(&job, &mut cli::open),
             Request::Batch(job) => return cli::batch(&job),
             Request::Paint(job) => cli::run(&job, &mut cli::open)?,

@@ -139,7 +139,10 @@ pub(super) struct PictureArgs {
     #[arg(short = 'H', long, value_name = "PIXELS", allow_negative_numbers = true)]
     pub height: Option<Side>,
 
-    /// dpm++2m, ddim, pndm, euler or euler-a [default: the model's own]
+    /// dpm++2m, dpm++2m-karras, euler-a, unipc, … [default: the model's own]
+    ///
+    /// `tiny-sd schedulers` lists them. It takes the names of diffusers' classes and of
+    /// AUTOMATIC1111's samplers, too.
     #[arg(long, value_name = "NAME", value_parser = SchedulerChoice::parse)]
     #[arg(alias = "sampler-name")]
     pub scheduler: Option<SchedulerChoice>,
@@ -332,6 +335,8 @@ Examples:
   tiny-sd \"a fox\" -i sketch.jpg --strength 0.5   nearer to it
   tiny-sd \"a hat\" -i fox.png --mask head.png     only where the mask is white
   tiny-sd \"a fox\" --scheduler euler-a
+  tiny-sd \"a fox\" --scheduler \"DPM++ 2M Karras\"
+  tiny-sd schedulers                             all of them (tiny-sd schedulers --help)
   tiny-sd \"a fox\" --clip-skip 1                  what others call \"Clip skip: 2\"
   tiny-sd \"a fox\" --dtype f32 --device cpu --threads 8
   tiny-sd \"a fox\" --low-memory                  half the memory, slower convolutions

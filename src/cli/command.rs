@@ -7,7 +7,7 @@ use clap::error::ContextKind;
 use crate::error::{Error, Result};
 
 /// The commands.
-const COMMANDS: [&str; 6] = ["help", "worker", "compare", "info", "verify", "batch"];
+const COMMANDS: [&str; 7] = ["help", "worker", "compare", "info", "verify", "batch", "schedulers"];
 
 /// What a lone word on the command line is.
 #[derive(Debug, PartialEq, Eq)]

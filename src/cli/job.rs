@@ -21,6 +21,7 @@ use super::inputs::{ImageRequest, Inputs};
 use super::model::{HubName, ModelSource};
 use super::output::OutputPlan;
 use super::prompt::{check, given_prompt, prompt_of_stdin};
+use super::schedulers::{self, SchedulersJob};
 use super::surroundings::Surroundings;
 use super::texts::Alternatives;
 use super::values::{
@@ -107,6 +108,8 @@ pub enum Request {
     Compare(Box<CompareJob>),
     /// Say what a picture or a model is.
     Tell(Box<InfoJob>),
+    /// List the schedulers.
+    Schedulers(SchedulersJob),
     /// Make a picture again and compare.
     Verify(Box<VerifyJob>),
     /// Make the pictures of a file of jobs.
@@ -138,6 +141,9 @@ pub fn parse(
     }
     if command_line.get(1).is_some_and(|word| word == "info") {
         return info::parse(command_line.into_iter().skip(2), surroundings);
+    }
+    if command_line.get(1).is_some_and(|word| word == "schedulers") {
+        return schedulers::parse(command_line.into_iter().skip(2));
     }
     if command_line.get(1).is_some_and(|word| word == "verify") {
         return verify::parse(command_line.into_iter().skip(2), surroundings);

@@ -29,6 +29,7 @@ mod previews;
 mod prompt;
 mod remote;
 mod run;
+mod schedulers;
 mod settings;
 mod surroundings;
 mod texts;
@@ -50,6 +51,7 @@ pub use output::{OutputPlan, Target};
 pub use painter::open;
 pub use prompt::MAX_PROMPT_BYTES;
 pub use run::{OpenPainter, Painter, run};
+pub use schedulers::{SchedulersJob, list_schedulers};
 pub use settings::{FileRecord, ModelRecord, Provenance, Settings};
 pub use surroundings::{At, Process, Surroundings};
 pub use values::{

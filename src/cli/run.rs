@@ -353,6 +353,7 @@ mod tests {
                 Request::Paint(job) => run(&job, &mut open),
                 Request::Compare(_)
                 | Request::Tell(_)
+                | Request::Schedulers(_)
                 | Request::Verify(_)
                 | Request::Batch(_)
                 | Request::Work(_) => Err(Error::other("no picture")),
