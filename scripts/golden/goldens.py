@@ -9,28 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-)
+from diffusers import PNDMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
+import named
 from prompts import OVER_LONG
 
-SCHEDULERS = {
-    "dpm++2m": DPMSolverMultistepScheduler,
-    "ddim": DDIMScheduler,
-    "pndm": PNDMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler-a": EulerAncestralDiscreteScheduler,
-}
+# Those with a picture and trajectories of every model; schedulers.py has all.
+SCHEDULERS = ["dpm++2m", "ddim", "pndm", "euler", "euler-a"]
 
 PROMPT = "Portrait of a pretty girl"
 NEGATIVE = "ugly, blurry"
@@ -55,7 +44,7 @@ def scheduler(pipe: StableDiffusionPipeline, name: str | None):
     """The pipeline with another scheduler, as `from_config` switches; its own afterwards."""
     own = pipe.scheduler
     if name is not None:
-        pipe.scheduler = SCHEDULERS[name].from_config(own.config)
+        pipe.scheduler = named.stepper(name, own.config)
     try:
         yield pipe
     finally:
@@ -202,9 +191,11 @@ def write_schedules(configs: dict[str, dict], folder: Path) -> None:
     tensors = {}
     for config_name, config in configs.items():
         source = getattr(__import__("diffusers"), config["_class_name"]).from_config(config)
-        for name, kind in SCHEDULERS.items():
+        for name in SCHEDULERS:
             for steps in [1, 2, 3, 10, 25]:
-                timesteps, samples = linear_trajectory(kind.from_config(source.config), steps)
+                timesteps, samples = linear_trajectory(
+                    named.kind(name).from_config(source.config), steps
+                )
                 key = f"{config_name}.{name}.{steps}"
                 tensors[f"{key}.timesteps"] = timesteps
                 tensors[f"{key}.samples"] = samples

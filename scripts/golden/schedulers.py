@@ -10,49 +10,24 @@ pipeline draws from one generator. generate.py makes it, too, after the models.
 
 from pathlib import Path
 
-import diffusers
 import torch
 from safetensors.torch import save_file
 
 import goldens
+import named
 
 FIXTURES = Path(__file__).resolve().parents[2] / "tests" / "fixtures"
-PREFIXES = {
-    "dpm++2m": "DPMSolverMultistep",
-    "dpm++2m-sde": "DPMSolverMultistep",
-    "dpm++2s": "DPMSolverSinglestep",
-    "ddim": "DDIM",
-    "ddpm": "DDPM",
-    "pndm": "PNDM",
-    "euler": "EulerDiscrete",
-    "euler-a": "EulerAncestralDiscrete",
-    "heun": "HeunDiscrete",
-    "lms": "LMSDiscrete",
-    "deis": "DEISMultistep",
-    "unipc": "UniPCMultistep",
-    "kdpm2": "KDPM2Discrete",
-    "kdpm2-a": "KDPM2AncestralDiscrete",
-    "lcm": "LCM",
-    "tcd": "TCD",
-}
 STEPS = 5
 
 
 def write(output: Path) -> None:
-    """NAME.latents [1, 4, 8, 8], with each of the class's spacings of sigmas, too."""
+    """NAME [1, 4, 8, 8], with each of the class's spacings of sigmas, too."""
     torch.set_num_threads(1)
     pipe = goldens.load(output / "models" / "tiny")
     own = pipe.scheduler
     tensors = {}
-    for name, prefix in PREFIXES.items():
-        kind = getattr(diffusers, f"{prefix}Scheduler")
-        changes = {"algorithm_type": "sde-dpmsolver++"} if name == "dpm++2m-sde" else {}
-        tensors[name] = latents(pipe, kind.from_config(own.config, **changes))
-        for spread in ["karras", "exponential", "beta"]:
-            flag = f"use_{spread}_sigmas"
-            if flag in kind().config:
-                stepper = kind.from_config(own.config, **changes, **{flag: True})
-                tensors[f"{name}-{spread}"] = latents(pipe, stepper)
+    for name in named.names():
+        tensors[name] = latents(pipe, named.stepper(name, own.config))
     save_file(tensors, output / "golden" / "tiny" / "schedulers.safetensors")
     print(f"{len(tensors)} schedulers")
 
