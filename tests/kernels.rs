@@ -173,15 +173,22 @@ fn a_weight_in_half_the_memory_gives_the_same_bits() -> Result<()> {
             )?)
         };
         assert_eq!(apply(&spacious)?, apply(&small)?, "{stored:?}");
-        let held = |device: &Device| -> Result<u64> {
-            let weight = weight(device)?;
+        let held = |device: &Device, role: Role| -> Result<u64> {
+            let weight = match role {
+                Role::Linear => weight(device)?,
+                Role::Conv2d { .. } => weight(device)?.reshape(vec![70, 40, 1, 1])?,
+            };
             let view = View { storage: &**weight.storage(), layout: weight.layout() };
-            let prepared = Storage::fused(&Fused::Prepare(Role::Linear), &[view])?;
+            let prepared = Storage::fused(&Fused::Prepare(role), &[view])?;
             Ok(prepared.held_bytes().unwrap_or(0))
         };
-        let (whole, less) = (held(&spacious)?, held(&small)?);
+        let pixelwise = Role::Conv2d { stride: 1 };
+        let whole = held(&spacious, pixelwise)?;
         // What is in neither half stays as it is.
-        assert_eq!(if stored == DType::F32 { less } else { 2 * less }, whole, "{stored:?}");
+        let less = if stored == DType::F32 { whole } else { whole / 2 };
+        let found = [(&spacious, Role::Linear), (&small, Role::Linear), (&small, pixelwise)]
+            .map(|(device, role)| held(device, role));
+        assert_eq!(found.into_iter().collect::<Result<Vec<_>>>()?, [less; 3], "{stored:?}");
     }
     Ok(())
 }

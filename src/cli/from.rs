@@ -19,8 +19,7 @@ use crate::schedule::{SchedulerChoice, SchedulerKind, SigmaSchedule};
 
 /// Names of the schedule that models have by themselves.
 const OWN_SCHEDULES: [&str; 6] = ["", "automatic", "default", "discrete", "normal", "uniform"];
-/// Schedules that are not here, as samplers once ended in them; of ours the same holds where a
-/// sampler has none.
+/// Schedules that samplers once ended in, and that are not here or not every sampler's.
 const OTHER_SCHEDULES: [&str; 9] = [
     "karras",
     "exponential",
@@ -444,7 +443,7 @@ pub(super) mod tests {
     fn samplers_have_their_names_and_other_schedules_are_refused_by_name() {
         let check = |sampler: &str, schedule: Option<&str>, expected: &str| {
             let found = scheduler(sampler, schedule);
-            let found = found.map_or_else(|error| error.to_string(), |choice| choice.to_string());
+            let found = found.map_or_else(|e| e.to_string(), |choice| choice.to_string());
             assert!(found.contains(expected), "{sampler}: {found}");
         };
         for kind in SchedulerKind::ALL {

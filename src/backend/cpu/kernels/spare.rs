@@ -72,9 +72,9 @@ impl<T> Shelf<T> {
         }
     }
 
-    /// The smallest that is large enough, unless it wastes half. Where there is none, as many
-    /// bytes of smaller ones make room for what will be a fresh buffer: they are of an earlier stage,
-    /// whose sizes are others. As only smaller ones do, steps of one kind soon find all of theirs.
+    /// The smallest that is large enough, unless it wastes half. Where there is none, as many bytes
+    /// of smaller ones make room for what will be a fresh buffer: they are of an earlier stage and
+    /// its sizes. As only smaller ones do, steps of one kind soon find all of theirs.
     fn find(&self, len: usize) -> Option<Vec<T>> {
         let mut kept = self.lock();
         let fitting = kept.iter().enumerate();
