@@ -213,8 +213,12 @@ fn stats_say_what_each_stage_took_here_and_what_memory_it_needed() {
 }
 
 /// A hub that has the fixture `name` as `org/name`.
-fn hub(name: &str) -> Server {
-    let folder = model(name);
+pub fn hub(name: &str) -> Server {
+    hub_of(model(name))
+}
+
+/// A hub with the files of a folder as `org/name`.
+pub fn hub_of(folder: PathBuf) -> Server {
     let file = |file: String| {
         let is_large = file.ends_with(".bin") || file.ends_with(".safetensors");
         (file.clone(), fs::read(folder.join(file)).unwrap(), is_large)

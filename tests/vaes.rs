@@ -14,7 +14,7 @@ use tiny_sd::nn::Loader;
 use tiny_sd::tensor::Tensor;
 use tiny_sd::weights::{Checkpoint, Component, LoneVae, Model};
 
-use super::end_to_end::{read_png, run};
+use super::end_to_end::{hub, hub_of, read_png, run};
 use super::golden::{cases, fixtures, golden_picture, psnr};
 use super::single::{Entry, assemble, safetensors};
 
@@ -134,6 +134,42 @@ fn a_picture_is_decoded_by_the_vae_that_was_asked_for_and_says_so() {
     let output = run(scratch.path(), &["verify", "tiny.png", "--threads", "2"], &home);
     let answer = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(answer.trim(), "tiny.png: bit-exact");
+}
+
+#[test]
+fn of_repositories_only_what_is_used_is_downloaded() {
+    let scratch = TempDir::new().unwrap();
+    let model = model("tiny");
+    let paint = |url: &str, words: &[&str]| {
+        let environment = [("HF_ENDPOINT", url), ("HF_HOME", "cache")];
+        let all = [&["a fox", "--steps", "1", "--threads", "2", "-s", "3"], words].concat();
+        let output = run(scratch.path(), &all, &environment);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(0), "{stderr}");
+    };
+    let folder = vaes().join("tiny");
+    let (local, model) = (folder.to_str().unwrap(), model.to_str().unwrap());
+    // The VAE's files are at the top of its repository.
+    let server = hub_of(folder.clone());
+    paint(&server.url(), &["-m", model, "--vae", "org/name", "-o", "hub.png"]);
+    paint(&server.url(), &["-m", model, "--vae", "org/name", "--offline", "-o", "again.png"]);
+    paint(&server.url(), &["-m", model, "--vae", local, "-o", "local.png"]);
+    let [first, again, here] =
+        ["hub.png", "again.png", "local.png"].map(|name| read_png(&scratch.path().join(name)).0);
+    assert!(first == here && again == here, "another picture");
+    assert_eq!(record(&scratch.path().join("hub.png")).model.vae.as_deref(), Some("org/name"));
+    // Of the model the VAE that is not used stays where it is.
+    let other = TempDir::new().unwrap();
+    let server = hub("tiny");
+    let (url, home) = (server.url(), other.path().to_str().unwrap().to_owned());
+    let environment = [("HF_ENDPOINT", &*url), ("HF_HOME", &*home)];
+    let words = ["a fox", "-m", "org/name", "--vae", local, "--steps", "1", "-o", "x.png"];
+    let output = run(scratch.path(), &words, &environment);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let asked: Vec<_> = server.take_log().into_iter().map(|request| request.path).collect();
+    assert!(asked.iter().any(|path| path.ends_with("unet/diffusion_pytorch_model.bin")));
+    let vae = asked.iter().find(|path| path.ends_with("vae/diffusion_pytorch_model.bin"));
+    assert_eq!(vae, None);
 }
 
 #[test]
