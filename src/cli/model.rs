@@ -17,7 +17,7 @@ pub enum ModelSource {
 }
 
 /// How the names of models in one file end.
-const FILE_SUFFIXES: [&str; 5] = ["safetensors", "ckpt", "pt", "pth", "bin"];
+const FILE_SUFFIXES: [&str; 6] = ["safetensors", "ckpt", "pt", "pth", "bin", "gguf"];
 
 fn is_called_like_a_file(path: &Path) -> bool {
     let suffix = path.extension().and_then(|suffix| suffix.to_str()).unwrap_or_default();

@@ -11,10 +11,14 @@ use crate::error::{Error, Result};
 /// What git leaves in a clone in place of a large file.
 const GIT_LFS: &[u8] = b"version https://git-lfs.github.com/spec/v1";
 
+/// How the files of ggml begin.
+const GGUF: &[u8] = b"GGUF";
+
 /// Maps a file, which is known again by its stamp.
 ///
 /// # Errors
-/// If it is not a regular file, cannot be read, is empty, or is the note that git-lfs leaves.
+/// If it is not a regular file, cannot be read, is empty, is the note that git-lfs leaves, or a
+/// GGUF file.
 pub(super) fn map(path: &Path) -> Result<(SharedBytes, Arc<FileStamp>)> {
     let failed = |error: std::io::Error| Error::model(format!("{}: {error}", path.display()));
     // Before opening, because opening a named pipe waits.
@@ -32,6 +36,13 @@ pub(super) fn map(path: &Path) -> Result<(SharedBytes, Arc<FileStamp>)> {
     if (*bytes).as_ref().starts_with(GIT_LFS) {
         return Err(Error::model(format!(
             "{} is a git-lfs pointer, not the weights: run `git lfs pull` in that folder",
+            path.display()
+        )));
+    }
+    if (*bytes).as_ref().starts_with(GGUF) {
+        return Err(Error::model(format!(
+            "{} is a GGUF file, which is not read: take the .safetensors or .ckpt that it was made \
+             from",
             path.display()
         )));
     }
@@ -82,6 +93,7 @@ mod tests {
             assert!(error.contains(expected), "{error}");
         };
         check(b"", "is empty");
+        check(b"GGUF\x03\0\0\0", "is a GGUF file, which is not read");
         check(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull");
         assert!(map(folder.path()).err().unwrap().to_string().ends_with("is not a file"));
         assert!(map(&folder.path().join("none")).err().unwrap().to_string().contains("none"));
