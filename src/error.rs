@@ -38,6 +38,9 @@ pub struct Error {
     message: String,
 }
 
+/// How the message of a device without memory begins, behind its context.
+const OUT_OF_MEMORY: &str = "out of memory: ";
+
 /// The result of everything that can fail here.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -65,6 +68,17 @@ impl Error {
     /// Anything else: exit code 1.
     pub fn other(message: impl Into<String>) -> Self {
         Self::new(Kind::Other, message)
+    }
+
+    /// A device has less memory than something needs, with the numbers: exit code 1. It is known
+    /// by its words also when it comes from a worker.
+    pub fn out_of_memory(message: impl fmt::Display) -> Self {
+        Self::other(format!("{OUT_OF_MEMORY}{message}"))
+    }
+
+    /// Whether a device had less memory than was needed.
+    pub fn is_out_of_memory(&self) -> bool {
+        self.message.contains(OUT_OF_MEMORY)
     }
 
     /// The user asked to stop: exit code 130.

@@ -265,6 +265,11 @@ impl<B: Backend> GroupNorm<B> {
         Ok(Self { weight, bias: names.tensor("bias", &[&[channels]])?, op })
     }
 
+    /// Its weight and bias, (channels) each, and its op.
+    pub fn parts(&self) -> (&Tensor<B>, &Tensor<B>, GroupNormOp) {
+        (&self.weight, &self.bias, self.op)
+    }
+
     /// (batch, channels, height, width), the same shape.
     ///
     /// # Errors

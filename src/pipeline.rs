@@ -4,6 +4,7 @@
 //! diffusers' `StableDiffusionPipeline`: the same seed and settings give the same picture.
 
 mod additions;
+mod decoding;
 mod loading;
 mod posteriors;
 mod preview;
@@ -31,6 +32,7 @@ use crate::tokenizer::Tokenizer;
 
 pub use crate::tokenizer::Syntax as PromptSyntax;
 pub use additions::Additions;
+use decoding::Wide;
 pub use loading::{LoadOptions, Outline, default_size, inpaints};
 use posteriors::Posteriors;
 use preview::Preview;
@@ -61,6 +63,10 @@ pub struct Pipeline<T: Backend, U: Backend = T, V: Backend = T> {
     pub encoder: Option<Encoder<V>>,
     /// Predictions to latents, where a request names no other scheduler.
     pub scheduler: Scheduler,
+    /// Whether latents are decoded in windows: slower, and a fraction of the memory. It is done
+    /// unasked where memory does not suffice.
+    pub vae_tiling: bool,
+    wide: Wide<V>,
     scheduler_config: SchedulerConfig,
     embeddings: Embeddings<T>,
     posteriors: Posteriors<U>,
@@ -165,18 +171,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         let latents = self.latents(requests, progress, &mut |_| Ok(()))?;
         progress.report(Event::Decoding);
         let latents = latents.to_device::<V>(&self.devices.vae)?;
-        // One after another: nothing takes as much memory as a decoder at work.
-        let decode = |index| {
-            progress.check()?;
-            // (1, 3, height, width)
-            let image = self.vae.forward(&latents.narrow(0, index, 1)?)?;
-            image.pixels()?.begin_read() // (1, height, width, 3)
-        };
-        let readings = (0..requests.len()).map(decode).collect::<Result<Vec<_>>>()?;
-        let pictures = requests.iter().zip(readings);
-        let pictures =
-            pictures.map(|(request, pixels)| Picture::new(request.size, pixels.finish()?));
-        let pictures = pictures.collect::<Result<Vec<_>>>()?;
+        let pictures = self.decode(&latents, requests, progress)?;
         progress.report(Event::Done);
         Ok(pictures)
     }

@@ -3,6 +3,7 @@
 mod additions;
 mod batch;
 mod cli;
+mod decoding;
 mod end_to_end;
 mod faults;
 mod fuzzing;

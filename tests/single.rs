@@ -27,7 +27,7 @@ pub struct Entry {
     pub name: String,
     dtype: DType,
     shape: Vec<usize>,
-    bytes: Vec<u8>,
+    pub bytes: Vec<u8>,
 }
 
 impl Entry {

@@ -238,7 +238,8 @@ impl Run<'_> {
             additions: job.additions.clone(),
         };
         let devices = Placement::<twin::Storage<A, B>>::whole(device);
-        let pipeline = Pipeline::load(&self.model, &options, devices, watch)?;
+        let mut pipeline = Pipeline::load(&self.model, &options, devices, watch)?;
+        pipeline.vae_tiling = job.vae_tiling;
         watch.display.begin(format!("seed {}", job.seed));
         *watch.stage() = Stage::Text;
         let size = job.picture_size(pipeline.default_size());

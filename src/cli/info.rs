@@ -243,6 +243,9 @@ fn record_lines(record: &Settings, text: &mut String) {
     let whose = if record.scheduler.is_none() { ", the model's own" } else { "" };
     line(text, "scheduler", format!("{}{whose}", record.resolved_scheduler));
     line(text, "dtype", &record.dtype);
+    if record.vae_tiling {
+        line(text, "vae tiling", "yes");
+    }
     line(text, "model", &model.source);
     for (name, value) in [
         ("revision", &model.revision),

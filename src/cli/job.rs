@@ -77,6 +77,8 @@ pub struct Job {
     pub dtype: DtypeChoice,
     /// Where it is computed.
     pub device: DevicePlan,
+    /// Whether latents are decoded in tiles.
+    pub vae_tiling: bool,
     /// Threads of the CPU; `None` is one per physical core.
     pub threads: Option<u16>,
     /// Whether the CPU keeps weights small where speed would take more memory.
@@ -236,7 +238,8 @@ impl Job {
         let prompt = picture.prompt.unwrap_or_default();
         check("the prompt", &prompt, picture.prompt_syntax)?;
         check("the negative prompt", &picture.negative_prompt, picture.prompt_syntax)?;
-        check_model(model)?;
+        let configs = model.configs.as_deref();
+        model.model.check(model.revision.as_ref(), model.variant.as_ref(), configs)?;
         let count = picture.count.get();
         if seed.checked_add(count.saturating_sub(1) as u64).is_none() {
             return Err(Error::usage(format!(
@@ -265,6 +268,7 @@ impl Job {
             scheduler: picture.scheduler,
             dtype: model.dtype,
             device,
+            vae_tiling: model.vae_tiling,
             threads: model.threads,
             low_memory: model.low_memory,
             count: picture.count,
@@ -277,36 +281,6 @@ impl Job {
             json: run.json,
         })
     }
-}
-
-/// What is said of a model must be of its kind.
-fn check_model(args: &ModelArgs) -> Result<()> {
-    let ModelArgs { model, configs, revision, variant, .. } = args;
-    let kind = match model {
-        ModelSource::Hub(_) => "a repository",
-        ModelSource::Folder(_) => "a folder",
-        ModelSource::File(_) => "a file",
-    };
-    let is_file = matches!(model, ModelSource::File(_));
-    if let (Some(revision), false) = (revision, matches!(model, ModelSource::Hub(_))) {
-        return Err(Error::usage(format!(
-            "--revision {} is for repositories of the hub; {model} is {kind}",
-            revision.as_str()
-        )));
-    }
-    if let (Some(variant), true) = (variant, is_file) {
-        return Err(Error::usage(format!(
-            "--variant {} chooses among several files; {model} is {kind}",
-            variant.as_str()
-        )));
-    }
-    if let (Some(configs), false) = (configs, is_file) {
-        return Err(Error::usage(format!(
-            "--config {} is for a model in one file; {model} is {kind} and has its own",
-            configs.display()
-        )));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -5,6 +5,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use crate::error::{Error, Result};
+
 /// Where a model comes from, by the look of its name alone: whether it is there, loading says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelSource {
@@ -60,6 +62,45 @@ impl ModelSource {
     }
 }
 
+impl ModelSource {
+    /// Whether what is said of the model is of its kind.
+    ///
+    /// # Errors
+    /// A usage error that names what is not.
+    pub fn check(
+        &self,
+        revision: Option<&HubName>,
+        variant: Option<&HubName>,
+        configs: Option<&Path>,
+    ) -> Result<()> {
+        let kind = match self {
+            ModelSource::Hub(_) => "a repository",
+            ModelSource::Folder(_) => "a folder",
+            ModelSource::File(_) => "a file",
+        };
+        let is_file = matches!(self, ModelSource::File(_));
+        if let (Some(revision), false) = (revision, matches!(self, ModelSource::Hub(_))) {
+            return Err(Error::usage(format!(
+                "--revision {} is for repositories of the hub; {self} is {kind}",
+                revision.as_str()
+            )));
+        }
+        if let (Some(variant), true) = (variant, is_file) {
+            return Err(Error::usage(format!(
+                "--variant {} chooses among several files; {self} is {kind}",
+                variant.as_str()
+            )));
+        }
+        if let (Some(configs), false) = (configs, is_file) {
+            return Err(Error::usage(format!(
+                "--config {} is for a model in one file; {self} is {kind} and has its own",
+                configs.display()
+            )));
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for ModelSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -74,7 +115,7 @@ impl fmt::Display for ModelSource {
 impl FromStr for ModelSource {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
         let path = Path::new(text);
         if !path.is_dir() && is_called_like_a_file(path) {
             return Ok(ModelSource::File(path.to_owned()));
@@ -129,7 +170,7 @@ impl HubName {
 impl FromStr for HubName {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
         let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-_./+@".contains(c);
         let parts_are_names =
             text.split('/').all(|part| !part.is_empty() && !part.starts_with('.'));

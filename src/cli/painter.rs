@@ -194,7 +194,8 @@ impl<T: Backend, U: Backend> OnBackend for WithVae<'_, T, U> {
         };
         let kernel_paths = [text.kernel_path(), unet.kernel_path(), vae.kernel_path()];
         let devices = Placement::<T, U, V> { text, unet, vae };
-        let pipeline = Pipeline::load(model, &options, devices, progress)?;
+        let mut pipeline = Pipeline::load(model, &options, devices, progress)?;
+        pipeline.vae_tiling = job.vae_tiling;
         Ok(Box::new(LoadedPainter { pipeline, dtype, kernel_paths }))
     }
 }

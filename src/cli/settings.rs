@@ -68,6 +68,9 @@ pub struct Settings {
     pub resolved_scheduler: String,
     /// Number type of the computation: `f32`, `f16` or `bf16`.
     pub dtype: String,
+    /// Whether its latents were to be decoded in tiles.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub vae_tiling: bool,
     /// The model.
     pub model: ModelRecord,
     /// Embeddings and LoRAs.
@@ -144,6 +147,11 @@ pub struct Provenance {
     pub kernel_path: Option<String>,
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 impl Settings {
     /// The record of one of a job's pictures.
     pub fn new(job: &Job, seed: u64, size: ImageSize, provenance: Provenance) -> Self {
@@ -173,6 +181,7 @@ impl Settings {
             scheduler: scheduler.clone(),
             resolved_scheduler: scheduler.unwrap_or(provenance.scheduler),
             dtype: provenance.dtype,
+            vae_tiling: job.vae_tiling,
             model: ModelRecord {
                 source: job.model.recorded(),
                 revision: job.revision.as_ref().map(|name| name.as_str().into()),
@@ -193,9 +202,9 @@ impl Settings {
     /// BLAKE3-256, in hexadecimal digits, of what determines the picture: `pipeline`,
     /// `resolved_prompt`, the resolved `negative_prompt`, `seed`, `steps`, `guidance_scale`,
     /// `width`, `height`, `resolved_scheduler`, `dtype`, `weights_hash` and `config_hash`, and of
-    /// what came later (`prompt_syntax`, `clip_skip`, `additions`; with an image `image` and
-    /// `mask_image` by their content, `strength`, and `encoder_hash`) whatever is not as it was
-    /// before: the keys of older records stay as they are.
+    /// what came later (`prompt_syntax`, `clip_skip`, `additions`, `vae_tiling`; with an image
+    /// `image` and `mask_image` by their content, `strength`, and `encoder_hash`) whatever is not
+    /// as it was before: the keys of older records stay as they are.
     ///
     /// Not in it: what only names these things (`prompt`, `scheduler`, the model's `source`,
     /// `revision`, `variant`, `config` and `vae`, where images were), who wrote it (`schema`,
@@ -234,6 +243,10 @@ impl Settings {
             add("encoder_hash", hash.as_bytes());
         }
         self.additions.key_parts().iter().for_each(|(name, value)| add(name, value));
+        // So that it changes no key of before it could be.
+        if self.vae_tiling {
+            add("vae_tiling", &[1]);
+        }
         hasher.finalize().to_hex().to_string()
     }
 
@@ -407,6 +420,7 @@ pub(super) mod tests {
                 |s| (s.width, s.height) = (s.height, s.width),
                 |s| s.resolved_scheduler = "euler".into(),
                 |s| s.dtype = "f16".into(),
+                |s| s.vae_tiling = true,
                 |s| s.model.weights_hash = s.model.config_hash.clone(),
                 |s| s.model.config_hash.clear(),
                 |s| s.image = Some(file("a", "1")),

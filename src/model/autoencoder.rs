@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Size2d};
 use crate::error::{Error, Result};
 use crate::model::tiny_vae::{TinyConfig, TinyDecoder};
 use crate::model::vae::{Decoder, VaeConfig};
@@ -120,6 +120,25 @@ impl<B: Backend> AutoencoderDecoder<B> {
         match self {
             Self::Kl(decoder) => decoder.forward(latents),
             Self::Tiny(decoder) => decoder.forward(latents),
+        }
+    }
+
+    /// Whether [`forward_tiled`](Self::forward_tiled) cuts latents of this size.
+    pub fn cuts(&self, latents: Size2d) -> bool {
+        match self {
+            Self::Kl(decoder) => decoder.cuts(latents),
+            Self::Tiny(decoder) => decoder.cuts(latents),
+        }
+    }
+
+    /// As [`forward`](Self::forward) in windows: slower, and a fraction of the memory.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn forward_tiled(&self, latents: &Tensor<B>) -> Result<Tensor<B>> {
+        match self {
+            Self::Kl(decoder) => decoder.forward_tiled(latents),
+            Self::Tiny(decoder) => decoder.forward_tiled(latents),
         }
     }
 }

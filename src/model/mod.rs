@@ -6,6 +6,7 @@ mod autoencoder;
 pub mod clip;
 mod config;
 mod resnet;
+mod tiles;
 pub mod tiny_vae;
 pub mod unet;
 mod unet_blocks;

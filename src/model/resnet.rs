@@ -27,6 +27,9 @@ impl Norm {
     }
 }
 
+/// What stands for a GroupNorm: it, or something with statistics of more than it is given.
+pub type Normalize<'n, B> = dyn FnMut(&GroupNorm<B>, &Tensor<B>) -> Result<Tensor<B>> + 'n;
+
 /// Two convolutions, the timestep in between, and a shortcut around them.
 pub struct ResnetBlock2D<B> {
     norm1: GroupNorm<B>,
@@ -68,14 +71,27 @@ impl<B: Backend> ResnetBlock2D<B> {
     /// # Errors
     /// If the device fails.
     pub fn forward(&self, x: &Tensor<B>, time: Option<&Tensor<B>>) -> Result<Tensor<B>> {
+        self.forward_normed(x, time, &mut |norm, x| norm.forward(x))
+    }
+
+    /// As [`forward`](Self::forward), with what stands for each of its GroupNorms, in their order.
+    ///
+    /// # Errors
+    /// As `normalize`, or if the device fails.
+    pub fn forward_normed(
+        &self,
+        x: &Tensor<B>,
+        time: Option<&Tensor<B>>,
+        normalize: &mut Normalize<'_, B>,
+    ) -> Result<Tensor<B>> {
         // In one variable: an activation of before is not kept, and its memory is for the next.
-        let mut hidden = self.norm1.forward(x)?;
+        let mut hidden = normalize(&self.norm1, x)?;
         hidden = self.conv1.forward(&hidden)?; // (batch, out, height, width)
         if let (Some(projection), Some(time)) = (&self.time_emb_proj, time) {
             let time = projection.forward(time)?; // (1, out)
             hidden = hidden.add(&time.unsqueeze(2)?.unsqueeze(3)?)?;
         }
-        hidden = self.norm2.forward(&hidden)?;
+        hidden = normalize(&self.norm2, &hidden)?;
         hidden = self.conv2.forward(&hidden)?;
         match &self.conv_shortcut {
             Some(shortcut) => shortcut.forward(x)?.add(&hidden),

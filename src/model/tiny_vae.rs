@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::backend::{Backend, Conv2d as Conv2dOp, Size2d};
 use crate::error::Result;
 use crate::model::config::Fields;
+use crate::model::tiles::Windows;
 use crate::nn::{Conv2d, Loader, Names};
 use crate::tensor::Tensor;
 
@@ -24,6 +25,8 @@ pub struct TinyConfig {
     blocks: Vec<usize>,
 }
 
+/// Side of a window in latents.
+const TILE: usize = 64;
 /// Latents are squeezed into ± this.
 const LARGEST_LATENT: f64 = 3.0;
 
@@ -132,6 +135,41 @@ impl<B: Backend> TinyDecoder<B> {
     /// # Errors
     /// If the device fails.
     pub fn forward(&self, latents: &Tensor<B>) -> Result<Tensor<B>> {
+        self.decode(latents)
+    }
+
+    /// As [`forward`](Self::forward) in windows: the very image, since nothing looks farther than
+    /// the convolutions reach.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn forward_tiled(&self, latents: &Tensor<B>) -> Result<Tensor<B>> {
+        let [_, _, height, width] = latents.dims_exact()?;
+        let windows = self.windows(Size2d { height, width });
+        windows.assemble(latents, &mut |seen| self.decode(seen))
+    }
+
+    /// Whether latents of this size are more than one window.
+    pub fn cuts(&self, latents: Size2d) -> bool {
+        !self.windows(latents).is_one()
+    }
+
+    fn windows(&self, Size2d { height, width }: Size2d) -> Windows {
+        Windows::cover(height, width, TILE, self.halo())
+    }
+
+    /// How many latents around a window the convolutions reach: one pixel each.
+    fn halo(&self) -> usize {
+        let blocks = self.config.blocks.iter().rev().enumerate();
+        // The last convolution is of the largest image, the others of one twice as large.
+        let reach = blocks.fold(0, |reach: usize, (index, blocks)| {
+            let conv = if index == 0 { 1 } else { (reach + 1).div_ceil(2) };
+            conv + 3 * blocks
+        });
+        reach + 1
+    }
+
+    fn decode(&self, latents: &Tensor<B>) -> Result<Tensor<B>> {
         let x = latents.affine(1.0 / (self.config.scaling_factor * LARGEST_LATENT), 0.0)?;
         let x = x.to_dtype(self.dtype)?.unary::<Tanh>()?.affine(LARGEST_LATENT, 0.0)?;
         let mut x = self.conv_in.forward(&x)?.unary::<Relu>()?; // (batch, width, height, width)

@@ -8,9 +8,11 @@ use crate::backend::{Backend, Conv2d as Conv2dOp, Size2d};
 use crate::error::Result;
 use crate::model::attention::{Attention, Widths};
 use crate::model::config::Fields;
-use crate::model::resnet::{Norm, ResnetBlock2D, Upsample2D};
+use crate::model::resnet::{Norm, Normalize, ResnetBlock2D, Upsample2D};
 use crate::nn::{Bias, Conv2d, GroupNorm, Loader, Names};
 use crate::tensor::Tensor;
+
+mod tiles;
 
 /// `vae/config.json`, checked.
 #[derive(Debug, Clone)]
@@ -145,16 +147,21 @@ impl<B: Backend> Decoder<B> {
     /// # Errors
     /// If the device fails.
     pub fn forward(&self, latents: &Tensor<B>) -> Result<Tensor<B>> {
+        let mut x = self.begin(latents)?;
+        for block in &self.up_blocks {
+            x = block.forward(x)?; // (batch, out, 2·height, 2·width) but for the last
+        }
+        self.conv_out.forward(&self.conv_norm_out.forward(&x)?)
+    }
+
+    /// Latents to what the blocks take, (batch, widest, height, width).
+    fn begin(&self, latents: &Tensor<B>) -> Result<Tensor<B>> {
         let unscaled = latents.affine(1.0 / self.config.scaling_factor, 0.0)?;
         let mut x = unscaled.to_dtype(self.dtype)?;
         if let Some(post_quant_conv) = &self.post_quant_conv {
             x = post_quant_conv.forward(&x)?;
         }
-        x = self.mid_block.forward(&self.conv_in.forward(&x)?)?; // (batch, widest, height, width)
-        for block in &self.up_blocks {
-            x = block.forward(x)?; // (batch, out, 2·height, 2·width) but for the last
-        }
-        self.conv_out.forward(&self.conv_norm_out.forward(&x)?)
+        self.mid_block.forward(&self.conv_in.forward(&x)?)
     }
 }
 
@@ -223,10 +230,20 @@ impl<B: Backend> UpDecoderBlock<B> {
         })
     }
 
-    fn forward(&self, mut x: Tensor<B>) -> Result<Tensor<B>> {
+    fn forward(&self, x: Tensor<B>) -> Result<Tensor<B>> {
+        self.enlarge(self.resnets(x, &mut |norm, x| norm.forward(x))?)
+    }
+
+    /// The resnets, with what stands for each of their GroupNorms.
+    fn resnets(&self, mut x: Tensor<B>, normalize: &mut Normalize<'_, B>) -> Result<Tensor<B>> {
         for resnet in &self.resnets {
-            x = resnet.forward(&x, None)?;
+            x = resnet.forward_normed(&x, None, normalize)?;
         }
+        Ok(x)
+    }
+
+    /// Double the size, but for the last block.
+    fn enlarge(&self, x: Tensor<B>) -> Result<Tensor<B>> {
         match &self.upsampler {
             Some(upsampler) => {
                 let [_, _, height, width] = x.dims_exact()?;

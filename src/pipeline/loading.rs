@@ -2,10 +2,12 @@
 //! Separate from the pipeline so that the way of a prompt stays on one screen.
 
 use std::any::Any;
+use std::cell::OnceCell;
 
 use candle_core::DType;
 use candle_core::backend::BackendDevice;
 
+use super::decoding::Wide;
 use super::posteriors::Posteriors;
 use super::prompts::Embeddings;
 use super::{Additions, Pipeline, Placement};
@@ -89,11 +91,40 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             tokenizer,
             scheduler,
             scheduler_config,
+            vae_tiling: false,
+            wide: Wide {
+                source: Source { model: model.clone(), variant: options.variant.clone() },
+                decoder: OnceCell::new(),
+            },
             embeddings: Embeddings::default(),
             posteriors: Posteriors::default(),
             devices,
         })
     }
+}
+
+/// Where a model's weights can be had again.
+pub(super) struct Source {
+    model: Model,
+    variant: Option<Variant>,
+}
+
+/// The VAE's decoder in f32.
+///
+/// # Errors
+/// If its files are not what they were, or the device fails.
+pub(super) fn wide_decoder<B: Backend>(
+    Source { model, variant }: &Source,
+    device: &B::Device,
+    progress: &dyn Progress,
+) -> Result<AutoencoderDecoder<B>> {
+    let config = AutoencoderConfig::parse(&model.config(Component::Vae)?)?;
+    let checkpoint = model.checkpoint(Component::Vae, variant.as_ref())?;
+    let checkpoints = vec![(Component::Vae, checkpoint)];
+    let changes = ComponentChanges::default();
+    let mut loading = Loading { checkpoints, changes, dtype: DType::F32, encodes: false, progress };
+    loading.announce_on::<B>(device, [true; 3])?;
+    loading.component(Component::Vae, device, |loader| AutoencoderDecoder::load(config, loader))
 }
 
 /// What a model's configurations say without its weights.

@@ -170,8 +170,8 @@ impl<B: Backend> Heap<B> {
         // An empty result of a large shape costs no memory, but work.
         let needed = extent(&meta.layout).saturating_mul(meta.dtype.size_in_bytes() as u64);
         if used.saturating_add(needed) > max {
-            return Err(Error::other(format!(
-                "out of memory: {needed} bytes beside the {used} in use are more than the \
+            return Err(Error::out_of_memory(format_args!(
+                "{needed} bytes beside the {used} in use are more than the \
                  session's {max} (worker --session-memory); a smaller picture needs less"
             )));
         }

@@ -174,8 +174,8 @@ impl<B> Table<B> {
             let oldest = unused.min_by_key(|(_, e)| e.used).map(|(recipe, _)| recipe.clone());
             let Some(entry) = oldest.and_then(|recipe| self.buffers.remove(&recipe)) else {
                 let used = self.bytes;
-                return Err(Error::other(format!(
-                    "out of memory: {bytes} bytes of weights beside the {used} in use are more \
+                return Err(Error::out_of_memory(format_args!(
+                    "{bytes} bytes of weights beside the {used} in use are more \
                      than the worker's {max_bytes} (worker --weights-memory)"
                 )));
             };

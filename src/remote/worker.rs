@@ -295,8 +295,8 @@ impl Transfers {
                 let (transfers, received) = (this.clone(), Vec::new());
                 Ok(Box::new(Incoming { transfers, transfer, bytes, received, is_whole: false }))
             }
-            _ => Err(Error::other(format!(
-                "out of memory: {len} elements are more than the session's {} bytes \
+            _ => Err(Error::out_of_memory(format_args!(
+                "{len} elements are more than the session's {} bytes \
                  (worker --session-memory)",
                 this.max_bytes
             ))),

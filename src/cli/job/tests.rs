@@ -45,6 +45,7 @@ fn a_prompt_alone_is_a_job_with_the_defaults() {
         scheduler: None,
         dtype: DtypeChoice::Auto,
         device: DevicePlan::whole(DeviceSpec::Auto),
+        vae_tiling: false,
         threads: None,
         low_memory: false,
         count: "1".parse().unwrap(),
@@ -63,7 +64,7 @@ fn a_prompt_alone_is_a_job_with_the_defaults() {
 fn each_flag_changes_what_it_names_and_nothing_else() {
     type Change = fn(&mut Job);
     let base = job_of("x");
-    let rows: [(&str, Change); 33] = [
+    let rows: [(&str, Change); 34] = [
         ("x|-n|", |job| job.negative_prompt = String::new()),
         ("--prompt|-- a --flag", |job| job.prompt = "-- a --flag".into()),
         ("--prompt|", |job| job.prompt = String::new()),
@@ -109,6 +110,7 @@ fn each_flag_changes_what_it_names_and_nothing_else() {
         }),
         ("x|--batch-size|4", |job| job.batch_size = BatchSize::Fixed(4)),
         ("x|--threads|3", |job| job.threads = Some(3)),
+        ("x|--vae-tiling", |job| job.vae_tiling = true),
         ("x|--low-memory", |job| job.low_memory = true),
         ("x|--json", |job| job.json = true),
         ("x|-q", |job| job.verbosity = Verbosity::Quiet),

@@ -76,7 +76,7 @@ pub fn return_large_buffers() {
 }
 
 fn no_memory(len: usize, size: usize) -> Error {
-    Error::other(format!("no memory for {len} elements of {size} bytes"))
+    Error::out_of_memory(format_args!("none for {len} elements of {size} bytes"))
 }
 
 /// A result that tasks write in pieces which are not contiguous for each of them.
