@@ -290,6 +290,12 @@ impl Waiter {
         Self { news, joined }
     }
 
+    /// What it is told first; nothing if it finds no place.
+    pub fn first_news(&self) -> Option<String> {
+        let mut news = std::iter::from_fn(|| self.news.recv_timeout(PATIENCE).ok());
+        news.find_map(|text| text)
+    }
+
     /// What it is told next.
     pub fn news(&self) -> String {
         let mut news = std::iter::repeat_with(|| self.news.recv_timeout(PATIENCE).unwrap());

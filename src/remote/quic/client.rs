@@ -17,8 +17,8 @@ use tokio::time::timeout;
 use super::bulk::send_one_bulk;
 use super::explain::{explain, explain_handshake};
 use super::{
-    BULK_STREAMS, Code, Ending, FRAME_PRIORITY, MAX_MTU, SESSION_WINDOW, Staging, Step, Wake,
-    blocking, endpoint, receive, send_frame, transport,
+    BULK_STREAMS, Code, Ending, FAREWELL_TIMEOUT, FRAME_PRIORITY, MAX_MTU, SESSION_WINDOW, Staging,
+    Step, Wake, blocking, endpoint, receive, send_frame, transport,
 };
 use crate::error::{Error, Result};
 use crate::remote::hello::{ANSWER_HEADER_BYTES, Answer, Hello, Status, readable};
@@ -210,7 +210,10 @@ impl Network {
         let _ = tell.send(Ok(answer.text));
         let ending = self.drive(&end, &connection, send, receive).await;
         let is_closing = self.shared.is_closing.load(Ordering::Acquire);
-        // A stream that breaks is mostly the shadow of a connection that does.
+        // A stream that breaks is mostly the shadow of a connection that does, and comes before it.
+        if matches!(ending, Ending::Broken(_)) {
+            let _ = timeout(FAREWELL_TIMEOUT, connection.closed()).await;
+        }
         let ending = connection.close_reason().map_or(ending, Ending::Lost);
         let (code, text, error) = match ending {
             _ if is_closing => {
@@ -220,7 +223,9 @@ impl Network {
                 (Code::Done, "", Error::remote(format!("the worker {name} ended the session")))
             }
             Ending::Lost(error) => (Code::Done, "", explain(&name, &error)),
-            Ending::Fault(error) => (Code::Fault, "client gave up", error.context(&name)),
+            Ending::Broken(error) | Ending::Fault(error) => {
+                (Code::Fault, "client gave up", error.context(&name))
+            }
         };
         connection.close(code.into(), text.as_bytes());
         lost.error = error;
@@ -261,7 +266,7 @@ impl Network {
                  set up anew or is not the one you mean; take the URL that it prints now"
             )),
             (None, Some(Ending::Lost(error))) => explain_handshake(&name, self.url.port(), &error),
-            (None, Some(Ending::Fault(error))) => error.context(name),
+            (None, Some(Ending::Broken(error) | Ending::Fault(error))) => error.context(name),
             (None, Some(Ending::Finished) | None) => {
                 Error::remote(format!("the worker {name} cannot be reached"))
             }
@@ -319,7 +324,7 @@ impl Network {
         let name = self.url.name();
         match ending {
             Ending::Lost(error) => explain(&name, &error),
-            Ending::Fault(error) => error.context(&name),
+            Ending::Broken(error) | Ending::Fault(error) => error.context(&name),
             Ending::Finished => Error::remote(format!("the worker {name} gave no answer")),
         }
     }

@@ -83,6 +83,8 @@ enum Ending {
     Finished,
     /// The connection is gone.
     Lost(ConnectionError),
+    /// The peer broke a stream off; why, it says where it closes the connection.
+    Broken(Error),
     /// Something is wrong: the connection must be closed with this message.
     Fault(Error),
 }
@@ -106,7 +108,7 @@ impl From<ReadError> for Ending {
     fn from(error: ReadError) -> Self {
         match error {
             ReadError::ConnectionLost(error) => Ending::Lost(error),
-            other => Ending::Fault(Error::remote(format!("a transfer was broken off: {other}"))),
+            other => Ending::Broken(Error::remote(format!("a transfer was broken off: {other}"))),
         }
     }
 }
@@ -115,7 +117,7 @@ impl From<WriteError> for Ending {
     fn from(error: WriteError) -> Self {
         match error {
             WriteError::ConnectionLost(error) => Ending::Lost(error),
-            other => Ending::Fault(Error::remote(format!("a transfer was broken off: {other}"))),
+            other => Ending::Broken(Error::remote(format!("a transfer was broken off: {other}"))),
         }
     }
 }

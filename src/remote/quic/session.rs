@@ -136,7 +136,7 @@ impl Session {
                     (Code::Done, String::new())
                 }
                 Ending::Lost(_) => (Code::Done, String::new()),
-                Ending::Fault(error) => (Code::Fault, error.to_string()),
+                Ending::Broken(error) | Ending::Fault(error) => (Code::Fault, error.to_string()),
             };
             let text = text.get(..text.floor_char_boundary(MAX_TEXT_BYTES)).unwrap_or_default();
             self.connection.close(code.into(), text.as_bytes());
@@ -237,6 +237,6 @@ pub(super) fn reason(ending: &Ending) -> String {
             "the client is done".to_owned()
         }
         Ending::Lost(error) => error.to_string(),
-        Ending::Fault(error) => error.to_string(),
+        Ending::Broken(error) | Ending::Fault(error) => error.to_string(),
     }
 }
