@@ -403,22 +403,9 @@ mod tests {
 
     #[test]
     fn what_is_no_alternative_stays_as_it_is() {
-        for text in [
-            "a fox",
-            "{a fox}",
-            "{{a}}",
-            "a|b",
-            "a}b|c{",
-            "{a|b",
-            "x{y{a|b",
-            r"\{a|b\}",
-            r"{a\|b}",
-            "a_b __c d__ _",
-            "__ __",
-            "____",
-            "\\",
-            "é_",
-        ] {
+        let texts = "a fox\n{a fox}\n{{a}}\na|b\na}b|c{\n{a|b\nx{y{a|b\n\\{a|b\\}\n{a\\|b}\n\
+                     a_b __c d__ _\n__ __\n____\n\\\né_";
+        for text in texts.split('\n') {
             check(text, &[], &[text]);
         }
         // Escapes stay as they are, for the syntax that reads the text.
@@ -438,6 +425,28 @@ mod tests {
         let found: Vec<_> = [0, 1, 42, u64::MAX].map(|seed| letters.resolve("prompt", seed)).into();
         assert_eq!(found, ["eg y", "bb y", "ha x", "dg y"]);
         assert_ne!(letters.resolve("prompt", 0), letters.resolve("negative prompt", 0));
+    }
+
+    #[test]
+    fn any_text_is_a_prompt_that_is_no_longer_than_was_said() {
+        const SIGNS: [&str; 14] =
+            ["{", "}", "|", "::", "2::", "__", "_", "w", "é", "\\", "$$", "0::", " ", "__w__"];
+        let fake = fake(&[("w/w.txt", "a{b|}\n{c|d\n2::é")]);
+        let mut random = 5_u64;
+        for round in 0..3000 {
+            let mut prompt = String::new();
+            for _ in 0..round % 30 {
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                prompt.push_str(SIGNS[(random >> 33) as usize % SIGNS.len()]);
+            }
+            let found = Wildcards::new(&fake).read(&prompt, Some(Path::new("w")));
+            let Ok(Some(template)) = found else { continue };
+            let most = most_of(&template.0).bytes;
+            for seed in 0..4 {
+                let text = template.resolve("prompt", seed);
+                assert!(text.len() <= most, "{prompt:?} became {text:?}, longer than {most}");
+            }
+        }
     }
 
     #[test]

@@ -150,7 +150,7 @@ fn parts(path: &Path) -> Result<(BTreeMap<String, Factors>, usize)> {
             )));
         };
         let factors = parts.entry(stem.to_owned()).or_insert_with(|| Factors::new(key));
-        factors.put(kind, tensor)?;
+        factors.put(key, kind, tensor)?;
     }
     // An alpha beside nothing changes nothing, but is of a change all the same.
     let count = parts.len();

@@ -20,7 +20,7 @@ use tiny_sd::remote::storage::Storage;
 use tiny_sd::remote::transport::BulkSink;
 use tiny_sd::remote::worker;
 use tiny_sd::schedule::SchedulerKind;
-use tiny_sd::weights::{Component, Model};
+use tiny_sd::weights::{Checkpoint, Component, Format, LoraFile, Model};
 
 use super::{LIMITS, Worker};
 
@@ -83,6 +83,30 @@ fn a_picture_of_a_worker_is_that_of_the_cpu_for_few_bytes_a_step() -> Result<()>
         assert_eq!(few.round_trips, many.round_trips, "steps wait for nothing");
         assert!(many.replays >= 2 * 12 - 1, "{} replays", many.replays);
     }
+    Ok(())
+}
+
+#[test]
+fn of_a_lora_only_its_factors_travel() -> Result<()> {
+    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/additions");
+    let path = goldens.join("conv.safetensors");
+    let mut additions = Additions::default();
+    additions.loras.push(LoraFile { path: path.clone(), scale: 0.7 });
+    let (dtype, scheduler) = (DType::F32, Some(SchedulerKind::Ddim.into()));
+    let options = LoadOptions { dtype, variant: None, scheduler, encodes: false, additions };
+    let worker = worker()?;
+    let session = worker.connect("worker")?;
+    let place = Placement::<Storage>::whole(&session.device());
+    let there = Pipeline::load(&folder()?, &options, place, &Silent)?;
+    let checkpoint = Checkpoint::read(&path, Format::Safetensors)?;
+    let factors = checkpoint.iter().filter(|(name, _)| !name.ends_with(".alpha"));
+    let bytes: u64 = factors.map(|(_, tensor)| tensor.byte_len()).sum();
+    let there = there.paint(&request(2, None), &Silent)?;
+    // As they are stored; the model's own weights are there already.
+    assert_eq!(session.session().statistics().weight_bytes_up, bytes);
+    let place = Placement::<cpu::Storage>::whole(&worker.device);
+    let here = Pipeline::load(&folder()?, &options, place, &Silent)?;
+    assert!(here.paint(&request(2, None), &Silent)? == there, "another picture");
     Ok(())
 }
 

@@ -48,7 +48,7 @@ impl Kind {
 /// The tensors of one change, as they are found.
 #[derive(Debug)]
 pub(super) struct Factors {
-    /// The first of their keys.
+    /// One of their keys.
     pub(super) key: String,
     down: Option<HostTensor>,
     up: Option<HostTensor>,
@@ -88,8 +88,11 @@ impl Factors {
         Self { key: key.to_owned(), down: None, up: None, mid: None, alpha: None }
     }
 
-    /// Takes in a tensor.
-    pub(super) fn put(&mut self, kind: Kind, tensor: &HostTensor) -> Result<()> {
+    /// Takes in a tensor. A change is called as its down is.
+    pub(super) fn put(&mut self, key: &str, kind: Kind, tensor: &HostTensor) -> Result<()> {
+        if kind == Kind::Down {
+            key.clone_into(&mut self.key);
+        }
         let place = match kind {
             Kind::Down => &mut self.down,
             Kind::Up => &mut self.up,
