@@ -150,7 +150,8 @@ pub(super) struct PictureArgs {
     /// Leave out the last N layers of the text encoder, as diffusers counts them
     ///
     /// AUTOMATIC1111, stable-diffusion.cpp and model pages count from 1: their "Clip skip: 2" is 1
-    /// here, their 1 is 0.
+    /// here, their 1 is 0. With --prompt-syntax plain the negative prompt keeps all layers, as in
+    /// diffusers.
     #[arg(long, value_name = "N", default_value = "0", allow_negative_numbers = true)]
     pub clip_skip: ClipSkip,
 
