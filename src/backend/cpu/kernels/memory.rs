@@ -66,11 +66,21 @@ pub fn return_large_buffers() {
             fn mallopt(parameter: c_int, value: c_int) -> c_int;
         }
         /// From glibc's malloc.h.
+        const M_TRIM_THRESHOLD: c_int = -1;
         const M_MMAP_THRESHOLD: c_int = -3;
+        /// Of small buffers, what ops need at a time is kept: else it would be 128 KiB.
+        const KEPT_BYTES: c_int = 1 << 25;
         static ONCE: Once = Once::new();
-        // SAFETY: glibc's own signature; it takes the allocator's lock, and any value is allowed.
         ONCE.call_once(|| {
-            unsafe { mallopt(M_MMAP_THRESHOLD, spare::SMALLEST_BYTES as c_int) };
+            let settings = [
+                (M_MMAP_THRESHOLD, spare::SMALLEST_BYTES as c_int),
+                (M_TRIM_THRESHOLD, KEPT_BYTES),
+            ];
+            for (parameter, value) in settings {
+                // SAFETY: glibc's own signature; it takes the allocator's lock, and both values are
+                // sizes as it has them.
+                unsafe { mallopt(parameter, value) };
+            }
         });
     }
 }
