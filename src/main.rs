@@ -8,6 +8,7 @@ fn main() -> ExitCode {
     let outcome = cli::parse(std::env::args_os(), &mut cli::Process).and_then(|request| {
         match request {
             Request::Show(help) => cli::show(&help),
+            Request::Print(text) => cli::print(&text)?,
             Request::Work(job) => cli::work(&job)?,
             Request::Compare(job) => return cli::compare(&job),
             Request::Tell(job) => cli::tell(&job)?,

@@ -8,6 +8,7 @@ mod end_to_end;
 mod faults;
 mod fuzzing;
 mod golden;
+mod habits;
 mod hub;
 mod image_modes;
 mod kernel_paths;

@@ -358,20 +358,32 @@ Examples:
   tiny-sd \"a fox\" -o fox.png --json              what happens, for programs
   tiny-sd batch jobs.jsonl --out-dir out         a picture a line (tiny-sd batch --help)
   tiny-sd worker --listen 0.0.0.0:4433           lend this machine (tiny-sd worker --help)
+  tiny-sd completions bash                       for the shell (tiny-sd completions --help)
+  tiny-sd man                                    the manual page, as roff
   tiny-sd \"a fox\" --device @url.txt --stats      on that machine; --stats says what it did
   tiny-sd compare \"a fox\" --against @url.txt    the first op that differs there
                                                  (tiny-sd compare --help)
   tiny-sd \"a fox\" --device text=cpu,unet=@url.txt,vae=@url.txt
 
 Environment:
-  HF_HOME           where downloaded models are kept [default: ~/.cache/huggingface]
-  HF_TOKEN          token for repositories that ask for one
+  HF_HOME           where downloaded models are kept [default: ~/.cache/huggingface, or beside it
+                    in XDG_CACHE_HOME]; HF_HUB_CACHE (or HUGGINGFACE_HUB_CACHE) names the folder
+                    itself, HF_HUB_DISABLE_SYMLINKS=1 keeps links out of it
+  HF_TOKEN          token for repositories that ask for one (or HUGGING_FACE_HUB_TOKEN, or in the
+                    file HF_TOKEN_PATH); HF_HUB_DISABLE_IMPLICIT_TOKEN=1 sends none
   HF_ENDPOINT       another hub [default: https://huggingface.co]
-  HF_HUB_OFFLINE    1 is --offline
+  HF_HUB_OFFLINE    1 is --offline, and so is TRANSFORMERS_OFFLINE=1
+  HF_HUB_DOWNLOAD_TIMEOUT, HF_HUB_ETAG_TIMEOUT
+                    seconds without a byte, or without an answer, until it is tried again
+  HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY
+                    the way to the hub
   TINY_SD_MODEL     what --model is where it is not given
   TINY_SD_DEVICE    what --device auto means: whatever --device takes
   TINY_SD_ISA       kernels of the CPU: avx512bf16, avx512, avx2, neon or portable [default: the
                     best that the processor has]
+  XDG_CACHE_HOME    what workers and clients know of weights is in its tiny-sd [default: ~/.cache]
+  XDG_STATE_HOME    a worker's certificate and token are in its tiny-sd [default: ~/.local/state]
+  NO_COLOR          1 shows this help without colours; nothing else has any
 
 Exit codes:
   0    the pictures are written

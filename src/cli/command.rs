@@ -6,8 +6,9 @@ use clap::error::ContextKind;
 
 use crate::error::{Error, Result};
 
-/// The commands.
-const COMMANDS: [&str; 7] = ["help", "worker", "compare", "info", "verify", "batch", "schedulers"];
+/// The commands, but for `man`: honest prompts are near that.
+const COMMANDS: [&str; 8] =
+    ["help", "worker", "compare", "info", "verify", "batch", "schedulers", "completions"];
 
 /// What a lone word on the command line is.
 #[derive(Debug, PartialEq, Eq)]

@@ -71,15 +71,9 @@ pub struct CompareJob {
     pub against: DevicePlan,
 }
 
-/// Parses what follows `tiny-sd compare`.
-///
-/// # Errors
-/// One line that names what is wrong.
-pub(super) fn parse(
-    flags: impl Iterator<Item = OsString>,
-    surroundings: &mut dyn Surroundings,
-) -> Result<Request> {
-    let command = CompareArgs::command()
+/// Its flags.
+pub(super) fn command() -> clap::Command {
+    CompareArgs::command()
         .name("tiny-sd compare")
         .about(ABOUT)
         .override_usage("tiny-sd compare [OPTIONS] --against <DEVICE> PROMPT")
@@ -88,9 +82,19 @@ pub(super) fn parse(
         .mut_arg("output", |flag| flag.hide(true))
         .mut_arg("count", |flag| flag.hide(true))
         .mut_arg("preview", |flag| flag.hide(true))
-        .mut_arg("json", |flag| flag.hide(true));
+        .mut_arg("json", |flag| flag.hide(true))
+}
+
+/// Parses what follows `tiny-sd compare`.
+///
+/// # Errors
+/// One line that names what is wrong.
+pub(super) fn parse(
+    flags: impl Iterator<Item = OsString>,
+    surroundings: &mut dyn Surroundings,
+) -> Result<Request> {
     let words = std::iter::once("tiny-sd compare".into()).chain(flags);
-    let args = command
+    let args = command()
         .try_get_matches_from(words)
         .and_then(|matches| Ok((CompareArgs::from_arg_matches(&matches)?, matches)));
     let (CompareArgs { mut single, against }, matches) = match args {

@@ -87,6 +87,11 @@ enum Subject {
     Model(ModelSource),
 }
 
+/// Its flags.
+pub(super) fn command() -> clap::Command {
+    InfoArgs::command()
+}
+
 /// Parses what follows `tiny-sd info`.
 ///
 /// # Errors
@@ -96,7 +101,7 @@ pub(super) fn parse(
     surroundings: &dyn Surroundings,
 ) -> Result<Request> {
     let words = std::iter::once("tiny-sd info".into()).chain(flags);
-    let args = InfoArgs::command()
+    let args = command()
         .try_get_matches_from(words)
         .and_then(|matches| InfoArgs::from_arg_matches(&matches));
     let InfoArgs { what, json, revision, variant } = match args {

@@ -14,6 +14,7 @@ use super::args::{Args, ModelArgs, PictureArgs, RunArgs};
 use super::batch::{self, BatchJob};
 use super::command::{self, Word, usage};
 use super::compare::{self, CompareJob};
+use super::completions;
 use super::device::DevicePlan;
 use super::from;
 use super::info::{self, InfoJob};
@@ -118,6 +119,8 @@ pub enum Request {
     Batch(Box<BatchJob>),
     /// Run a worker.
     Work(Box<WorkerJob>),
+    /// Print a text that is ready.
+    Print(String),
     /// Help or the version, ready to be printed.
     Show(clap::Error),
 }
@@ -131,24 +134,17 @@ pub fn parse(
     surroundings: &mut dyn Surroundings,
 ) -> Result<Request> {
     let command_line: Vec<OsString> = command_line.into_iter().collect();
-    if command_line.get(1).is_some_and(|word| word == "worker") {
-        let flags = command_line.into_iter().skip(2);
-        return worker::parse(std::iter::once("tiny-sd worker".into()).chain(flags).collect());
-    }
-    if command_line.get(1).is_some_and(|word| word == "compare") {
-        return compare::parse(command_line.into_iter().skip(2), surroundings);
-    }
-    if command_line.get(1).is_some_and(|word| word == "batch") {
-        return batch::parse(command_line.into_iter().skip(2), surroundings);
-    }
-    if command_line.get(1).is_some_and(|word| word == "info") {
-        return info::parse(command_line.into_iter().skip(2), surroundings);
-    }
-    if command_line.get(1).is_some_and(|word| word == "schedulers") {
-        return schedulers::parse(command_line.into_iter().skip(2));
-    }
-    if command_line.get(1).is_some_and(|word| word == "verify") {
-        return verify::parse(command_line.into_iter().skip(2), surroundings);
+    let flags = command_line.iter().skip(2).cloned();
+    match command_line.get(1).and_then(|word| word.to_str()) {
+        Some("worker") => return worker::parse(flags),
+        Some("compare") => return compare::parse(flags, surroundings),
+        Some("batch") => return batch::parse(flags, surroundings),
+        Some("info") => return info::parse(flags, surroundings),
+        Some("schedulers") => return schedulers::parse(flags),
+        Some("verify") => return verify::parse(flags, surroundings),
+        Some("completions") => return completions::parse_completions(flags),
+        Some("man") => return completions::parse_man(flags),
+        Some(_) | None => {}
     }
     let matches = Args::command().try_get_matches_from(command_line);
     let args = matches.and_then(|matches| Ok((Args::from_arg_matches(&matches)?, matches)));

@@ -10,6 +10,7 @@ mod batch;
 mod books;
 mod command;
 mod compare;
+mod completions;
 mod device;
 mod display;
 mod events;
@@ -66,7 +67,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// If it cannot be written.
-fn print(text: &str) -> Result<()> {
+pub fn print(text: &str) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
     let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
     written.map_err(|error| Error::other(format!("standard output: {error}")))

@@ -356,6 +356,7 @@ mod tests {
                 | Request::Schedulers(_)
                 | Request::Verify(_)
                 | Request::Batch(_)
+                | Request::Print(_)
                 | Request::Work(_) => Err(Error::other("no picture")),
                 Request::Show(help) => Err(Error::other(help.to_string())),
             });

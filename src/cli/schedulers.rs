@@ -44,13 +44,18 @@ pub struct SchedulersJob {
     is_json: bool,
 }
 
+/// Its flags.
+pub(super) fn command() -> clap::Command {
+    SchedulersArgs::command()
+}
+
 /// Parses what follows `tiny-sd schedulers`.
 ///
 /// # Errors
 /// One line that names what is wrong.
 pub(super) fn parse(flags: impl Iterator<Item = OsString>) -> Result<Request> {
     let words = std::iter::once("tiny-sd schedulers".into()).chain(flags);
-    let args = SchedulersArgs::command()
+    let args = command()
         .try_get_matches_from(words)
         .and_then(|matches| SchedulersArgs::from_arg_matches(&matches));
     match args {

@@ -92,6 +92,11 @@ pub struct VerifyJob {
     is_json: bool,
 }
 
+/// Its flags.
+pub(super) fn command() -> clap::Command {
+    VerifyArgs::command()
+}
+
 /// Parses what follows `tiny-sd verify`, and reads the picture.
 ///
 /// # Errors
@@ -101,7 +106,7 @@ pub(super) fn parse(
     surroundings: &mut dyn Surroundings,
 ) -> Result<Request> {
     let words = std::iter::once("tiny-sd verify".into()).chain(flags);
-    let args = VerifyArgs::command()
+    let args = command()
         .try_get_matches_from(words)
         .and_then(|matches| Ok((VerifyArgs::from_arg_matches(&matches)?, matches)));
     let (args, matches) = match args {

@@ -9,7 +9,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::{CommandFactory, Parser, ValueEnum};
 
 use super::command::usage;
 use super::job::Request;
@@ -145,12 +145,18 @@ impl FromStr for Bytes {
     }
 }
 
+/// Its flags.
+pub(super) fn command() -> clap::Command {
+    WorkerJob::command()
+}
+
 /// Parses what follows `tiny-sd worker`.
 ///
 /// # Errors
 /// One line that names what is wrong.
-pub(super) fn parse(arguments: Vec<OsString>) -> Result<Request> {
-    match WorkerJob::try_parse_from(arguments) {
+pub(super) fn parse(flags: impl Iterator<Item = OsString>) -> Result<Request> {
+    let words = std::iter::once("tiny-sd worker".into()).chain(flags);
+    match WorkerJob::try_parse_from(words) {
         Ok(job) => Ok(Request::Work(Box::new(job))),
         Err(error) if !error.use_stderr() => Ok(Request::Show(error)),
         Err(error) => Err(usage(&error)),

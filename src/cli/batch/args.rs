@@ -51,11 +51,9 @@ pub(super) enum Format {
     Text,
 }
 
-/// Parses what follows `tiny-sd batch`.
-pub(super) fn parse(
-    words: impl Iterator<Item = std::ffi::OsString>,
-) -> Result<BatchArgs, clap::Error> {
-    let command = BatchArgs::command()
+/// The flags as clap sees them.
+pub(in crate::cli) fn command() -> clap::Command {
+    BatchArgs::command()
         .name("tiny-sd batch")
         .about(ABOUT)
         .override_usage("tiny-sd batch [OPTIONS] --out-dir <DIR> JOBS")
@@ -65,9 +63,15 @@ pub(super) fn parse(
         .mut_arg("seed", |flag| flag.help(SEED).long_help(None))
         .mut_arg("output", |flag| flag.help(OUTPUT).long_help(OUTPUT_LONG))
         .mut_arg("count", |flag| flag.help("Pictures of each job, 1 to 10000, seeds N, N+1, …"))
-        .mut_arg("device", |flag| flag.help(DEVICE).long_help(DEVICE_LONG));
+        .mut_arg("device", |flag| flag.help(DEVICE).long_help(DEVICE_LONG))
+}
+
+/// Parses what follows `tiny-sd batch`.
+pub(super) fn parse(
+    words: impl Iterator<Item = std::ffi::OsString>,
+) -> Result<BatchArgs, clap::Error> {
     let words = std::iter::once("tiny-sd batch".into()).chain(words);
-    BatchArgs::from_arg_matches(&command.try_get_matches_from(words)?)
+    BatchArgs::from_arg_matches(&command().try_get_matches_from(words)?)
 }
 
 const ABOUT: &str = "Makes a picture of every line of a file, and goes on where it was stopped.";

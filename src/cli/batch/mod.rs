@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 
 use args::Format;
+pub(super) use args::command;
 pub use jobs::Task;
 use jobs::{Defaults, tasks};
 use manifest::Manifest;
