@@ -176,3 +176,17 @@ fn what_is_for_another_model_says_so() {
     let words = ["a fox", "-m", tiny.to_str().unwrap(), "--embedding", &taken];
     check_failure("a name", &words, 2, &["has a token \"a\" already", "NAME=FILE"], &[]);
 }
+
+#[test]
+fn a_picture_of_what_are_no_numbers_is_an_error_and_no_black_picture() {
+    let folder = TempDir::new().unwrap();
+    let header = r#"{"a":{"dtype":"F32","shape":[1,32],"data_offsets":[0,128]}}"#;
+    let length = (header.len() as u64).to_le_bytes();
+    let bytes = [&length[..], header.as_bytes(), &f32::NAN.to_le_bytes().repeat(32)].concat();
+    let path = folder.path().join("nan.safetensors");
+    fs::write(&path, bytes).unwrap();
+    let (tiny, embedding) = (model("tiny"), format!("wash={}", path.display()));
+    let words = ["a wash", "-q", "-m", tiny.to_str().unwrap(), "--embedding", &embedding];
+    let words = [&words[..], &["--steps", "1", "-W", "64", "-H", "64", "-o", "out.png"]].concat();
+    check_failure("NaN", &words, 1, &["not finite", "--embedding"], &[]);
+}

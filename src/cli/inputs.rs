@@ -117,6 +117,10 @@ impl<'a> Inputs<'a> {
         if let Some(known) = self.known.borrow().get(path) {
             return Ok(known.clone());
         }
+        // It is read again when it is used, and a stranger's record may name one that never ends.
+        if self.surroundings.at(path) == At::Device {
+            return Err(Error::other("it is not a file"));
+        }
         let bytes = read_picture(path, self.surroundings)?;
         let size = PictureTexts::read(&bytes)?.upright_size();
         let hash = blake3::hash(&bytes).to_hex().to_string();

@@ -35,26 +35,36 @@ pub(super) struct Wide<B> {
 struct Begun {
     /// (1, height, width, 3)
     pixels: Reading<u8>,
-    /// 0 if all numbers are finite, and else not; none where nothing could be done about it.
-    flaws: Option<Reading<f32>>,
+    /// 0 if all numbers are finite, and else not.
+    flaws: Reading<f32>,
+    /// Whether they were f32.
+    is_wide: bool,
 }
 
 impl Begun {
-    fn new<B: Backend>(image: &Tensor<B>, looks_for_flaws: bool) -> Result<Self> {
+    fn new<B: Backend>(image: &Tensor<B>) -> Result<Self> {
         // 0 times a number that is not finite is not 0.
-        let flaws = || {
-            let nothing = image.to_dtype(DType::F32)?.affine(0.0, 0.0)?;
-            nothing.sum_keepdim(&[0, 1, 2, 3])?.begin_read()
-        };
-        let flaws = looks_for_flaws.then(flaws).transpose()?;
-        Ok(Self { pixels: image.pixels()?.begin_read()?, flaws })
+        let nothing = image.to_dtype(DType::F32)?.affine(0.0, 0.0)?;
+        let flaws = nothing.sum_keepdim(&[0, 1, 2, 3])?.begin_read()?;
+        let is_wide = image.dtype() == DType::F32;
+        Ok(Self { pixels: image.pixels()?.begin_read()?, flaws, is_wide })
     }
 
-    /// The pixels, or none if they come of numbers that are not finite.
+    /// The pixels, or none if they come of numbers that are not finite and not f32.
+    ///
+    /// # Errors
+    /// If numbers of f32 are not finite: a black picture is none. Or if the device fails.
     fn finish(self) -> Result<Option<Vec<u8>>> {
-        let flaws = self.flaws.map(Reading::finish).transpose()?.unwrap_or_default();
+        let flaws = self.flaws.finish()?;
         let pixels = self.pixels.finish()?;
-        Ok(flaws.iter().all(|&flaw| flaw == 0.0).then_some(pixels))
+        match flaws.iter().all(|&flaw| flaw == 0.0) {
+            true => Ok(Some(pixels)),
+            false if self.is_wide => Err(Error::other(
+                "the picture's numbers are not finite: --dtype f32 has a wider range; if it is \
+                 that already, look at the weights, and at --lora and --embedding",
+            )),
+            false => Ok(None),
+        }
     }
 }
 
@@ -95,7 +105,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             true => decoder.forward_tiled(latents)?,
             false => decoder.forward(latents)?,
         };
-        Begun::new(&image, way.wide || image.dtype() != DType::F32)
+        Begun::new(&image)
     }
 
     /// The pixels of latents, by one way after the other.
@@ -109,11 +119,6 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         loop {
             match begun.and_then(Begun::finish) {
                 Ok(Some(pixels)) => return Ok(pixels),
-                Ok(None) if way.wide => {
-                    return Err(Error::other(
-                        "the UNet's latents are not finite numbers: --dtype f32 has a wider range",
-                    ));
-                }
                 Ok(None) => {
                     progress.report(Event::Warning(
                         "the VAE's numbers are too large for this dtype: decoding again in f32",

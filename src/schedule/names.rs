@@ -89,7 +89,7 @@ impl SchedulerChoice {
         };
         let shown: String = name.chars().take(100).collect();
         Err(Error::usage(format!(
-            "--scheduler {shown:?} is unknown; {hint}(known: {}; `tiny-sd schedulers` says more)",
+            "--scheduler {shown:?} is unknown: {hint}(known: {}; `tiny-sd schedulers` says more)",
             known().collect::<Vec<_>>().join(", ")
         )))
     }

@@ -100,9 +100,10 @@ JOBS has one job a line; empty lines are none. A line is one of
   a fox                                           a prompt
   --prompt \"a fox\" --seed 5 --cfg_scale 7         flags, as AUTOMATIC1111 takes them
   # nothing                                       a comment, not in JSON
-The fields are prompt, negative_prompt, prompt_syntax, wildcards, clip_skip, output, seed, steps,
-guidance_scale (or cfg_scale), width, height, scheduler (or sampler_name) and count (or n_iter),
-each as the flag of that name; the flags of the batch are what a job without the field has.
+The fields are prompt, negative_prompt, prompt_syntax, wildcards, clip_skip, image, strength, mask,
+output, seed, steps, guidance_scale (or cfg_scale), width, height, scheduler (or sampler_name) and
+count (or n_iter), each as the flag of that name; the flags of the batch are what a job without the
+field has.
 All lines are checked before anything runs.
 
 A job without a seed gets one by its prompt, and by how many jobs with that prompt came before it:
