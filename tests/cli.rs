@@ -7,6 +7,7 @@ fn tiny_sd(words: &str) -> Output {
     Command::new(env!("CARGO_BIN_EXE_tiny-sd"))
         .args(words.split('|').filter(|_| !words.is_empty()))
         .env("HF_HUB_OFFLINE", "1")
+        .env("TINY_SD_CONFIG", "")
         .stdin(Stdio::null())
         .output()
         .unwrap()

@@ -77,6 +77,34 @@ fn help_names_every_variable_that_the_source_reads() {
     }
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn the_file_of_defaults_is_read_where_config_says_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny-sd/config.toml");
+    std::fs::create_dir(path.parent().unwrap()).unwrap();
+    let run = |text: &str, words: &[&str]| {
+        std::fs::write(&path, text).unwrap();
+        let mut command = program();
+        command.env_remove("TINY_SD_CONFIG").env("XDG_CONFIG_HOME", folder.path()).args(words);
+        command.output().unwrap()
+    };
+    let output = run("steps = 30", &["config"]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(said, format!("{}\nsteps = 30\n", path.display()));
+    let output = run("stesp = 30", &["x"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    let expected = format!(
+        "error: {}, line 1: \"stesp\" is no flag's name; did you mean steps?\n",
+        path.display()
+    );
+    assert_eq!((output.status.code(), &*said), (Some(2), &*expected));
+    // It gets as far as the model, which is not there.
+    let output = run("model = \"/nowhere.ckpt\"\noffline = true", &["x", "-o", "-"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("/nowhere.ckpt") && said.lines().count() == 1, "{said}");
+}
+
 /// String literals of Rust files that look like variables of the environment.
 fn collect(folder: &Path, names: &mut BTreeSet<String>) {
     const PREFIXES: [&str; 5] = ["TINY_SD_", "HF_", "HUGGING", "TRANSFORMERS_", "XDG_"];

@@ -26,6 +26,7 @@ fn command(folder: &Path, program: &str) -> Command {
         .env("TINY_SD_MODEL", model("tiny"))
         .env("HF_HUB_OFFLINE", "1")
         .env_remove("TINY_SD_DEVICE")
+        .env("TINY_SD_CONFIG", "")
         .stdin(std::process::Stdio::null());
     command
 }

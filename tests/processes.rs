@@ -125,7 +125,7 @@ impl Drop for Worker {
 /// The program, without what this process's surroundings might tell it.
 pub fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tiny-sd"));
-    command.env_remove("TINY_SD_DEVICE").stdin(Stdio::null());
+    command.env_remove("TINY_SD_DEVICE").env("TINY_SD_CONFIG", "").stdin(Stdio::null());
     command
 }
 

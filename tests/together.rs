@@ -100,6 +100,7 @@ fn batch_size_changes_no_picture_on_any_device() {
             .args(words)
             .args(["--count", "3", "--threads", "2", "-m", model.to_str().unwrap()])
             .args(["--device", device, "--batch-size", batch_size, "--preview", "1"])
+            .env("TINY_SD_CONFIG", "")
             .current_dir(folder.path())
             .stdin(Stdio::null())
             .output()

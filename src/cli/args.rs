@@ -358,6 +358,7 @@ Examples:
   tiny-sd \"a fox\" -o fox.png --json              what happens, for programs
   tiny-sd batch jobs.jsonl --out-dir out         a picture a line (tiny-sd batch --help)
   tiny-sd worker --listen 0.0.0.0:4433           lend this machine (tiny-sd worker --help)
+  tiny-sd config                                 the file of defaults, and what it sets
   tiny-sd completions bash                       for the shell (tiny-sd completions --help)
   tiny-sd man                                    the manual page, as roff
   tiny-sd \"a fox\" --device @url.txt --stats      on that machine; --stats says what it did
@@ -381,6 +382,8 @@ Environment:
   TINY_SD_DEVICE    what --device auto means: whatever --device takes
   TINY_SD_ISA       kernels of the CPU: avx512bf16, avx512, avx2, neon or portable [default: the
                     best that the processor has]
+  TINY_SD_CONFIG    the file of defaults [default: ~/.config/tiny-sd/config.toml, or beside it in
+                    XDG_CONFIG_HOME]; empty for none
   XDG_CACHE_HOME    what workers and clients know of weights is in its tiny-sd [default: ~/.cache]
   XDG_STATE_HOME    a worker's certificate and token are in its tiny-sd [default: ~/.local/state]
   NO_COLOR          1 shows this help without colours; nothing else has any

@@ -7,8 +7,8 @@ use clap::error::ContextKind;
 use crate::error::{Error, Result};
 
 /// The commands, but for `man`: honest prompts are near that.
-const COMMANDS: [&str; 8] =
-    ["help", "worker", "compare", "info", "verify", "batch", "schedulers", "completions"];
+const COMMANDS: [&str; 9] =
+    ["help", "worker", "compare", "info", "verify", "batch", "schedulers", "completions", "config"];
 
 /// What a lone word on the command line is.
 #[derive(Debug, PartialEq, Eq)]

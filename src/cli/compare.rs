@@ -12,6 +12,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use super::args::Args;
 use super::books;
 use super::command::usage;
+use super::config::{self, Scope};
 use super::device::DevicePlan;
 use super::display::Display;
 use super::from;
@@ -94,8 +95,7 @@ pub(super) fn parse(
     surroundings: &mut dyn Surroundings,
 ) -> Result<Request> {
     let words = std::iter::once("tiny-sd compare".into()).chain(flags);
-    let args = command()
-        .try_get_matches_from(words)
+    let args = config::matches(&command(), words, Scope::Shown, surroundings)?
         .and_then(|matches| Ok((CompareArgs::from_arg_matches(&matches)?, matches)));
     let (CompareArgs { mut single, against }, matches) = match args {
         Ok(args) => args,

@@ -10,7 +10,7 @@ use clap_mangen::Man;
 use super::args::Args;
 use super::command::usage;
 use super::job::Request;
-use super::{batch, compare, info, schedulers, verify, worker};
+use super::{batch, compare, config, info, schedulers, verify, worker};
 use crate::error::{Error, Result};
 
 /// Whose completions.
@@ -109,7 +109,7 @@ fn text(bytes: Vec<u8>) -> Result<String> {
 }
 
 /// All commands, each under its own name.
-fn commands() -> [(&'static str, Command); 8] {
+fn commands() -> [(&'static str, Command); 9] {
     [
         ("worker", worker::command()),
         ("compare", compare::command()),
@@ -117,6 +117,7 @@ fn commands() -> [(&'static str, Command); 8] {
         ("verify", verify::command()),
         ("batch", batch::command()),
         ("schedulers", schedulers::command()),
+        ("config", config::command()),
         ("completions", CompletionsArgs::command()),
         ("man", ManArgs::command()),
     ]

@@ -15,6 +15,7 @@ use super::batch::{self, BatchJob};
 use super::command::{self, Word, usage};
 use super::compare::{self, CompareJob};
 use super::completions;
+use super::config::{self, Scope};
 use super::device::DevicePlan;
 use super::from;
 use super::info::{self, InfoJob};
@@ -143,10 +144,12 @@ pub fn parse(
         Some("schedulers") => return schedulers::parse(flags),
         Some("verify") => return verify::parse(flags, surroundings),
         Some("completions") => return completions::parse_completions(flags),
+        Some("config") => return config::parse(flags, surroundings),
         Some("man") => return completions::parse_man(flags),
         Some(_) | None => {}
     }
-    let matches = Args::command().try_get_matches_from(command_line);
+    let command_line = command_line.into_iter();
+    let matches = config::matches(&Args::command(), command_line, Scope::Shown, surroundings)?;
     let args = matches.and_then(|matches| Ok((Args::from_arg_matches(&matches)?, matches)));
     let (mut args, matches) = match args {
         Ok(args) => args,

@@ -11,6 +11,7 @@ mod books;
 mod command;
 mod compare;
 mod completions;
+mod config;
 mod device;
 mod display;
 mod events;

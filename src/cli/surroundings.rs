@@ -2,6 +2,7 @@
 //! Separate so that arguments become jobs without effects, and tests bring their own surroundings.
 
 use std::collections::hash_map::RandomState;
+use std::ffi::OsString;
 use std::hash::{BuildHasher, Hasher};
 use std::io::{IsTerminal, Read};
 use std::path::Path;
@@ -27,6 +28,8 @@ pub trait Surroundings {
     /// # Errors
     /// If it cannot be read.
     fn read_file(&self, path: &Path, limit: usize) -> std::io::Result<Vec<u8>>;
+    /// A variable of the environment.
+    fn variable(&self, name: &str) -> Option<OsString>;
     /// A seed that nobody can guess and anybody can type.
     fn random_seed(&mut self) -> u64;
 }
@@ -69,6 +72,10 @@ impl Surroundings for Process {
         files::at(path)
     }
 
+    fn variable(&self, name: &str) -> Option<OsString> {
+        std::env::var_os(name)
+    }
+
     /// 32 bits, as other tools have them. The keys of std's hash maps come from the operating
     /// system's randomness, which spares a dependency.
     fn random_seed(&mut self) -> u64 {
@@ -95,6 +102,7 @@ pub(super) mod tests {
         pub stdout_is_terminal: bool,
         pub there: Vec<(&'static str, At)>,
         pub files: Vec<(&'static str, Vec<u8>)>,
+        pub variables: Vec<(&'static str, &'static str)>,
     }
 
     impl Surroundings for Fake {
@@ -120,6 +128,11 @@ pub(super) mod tests {
             let found = self.files.iter().find(|(name, _)| Path::new(name) == path);
             let (_, bytes) = found.ok_or(std::io::ErrorKind::NotFound)?;
             Ok(bytes.iter().copied().take(limit + 1).collect())
+        }
+
+        fn variable(&self, name: &str) -> Option<OsString> {
+            let found = self.variables.iter().find(|(variable, _)| *variable == name);
+            found.map(|(_, value)| value.into())
         }
 
         fn random_seed(&mut self) -> u64 {

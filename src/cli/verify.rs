@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::args::{Args, ModelArgs};
 use super::command::usage;
+use super::config::{self, Scope};
 use super::display::Display;
 use super::from::Filling;
 use super::inputs::read_picture;
@@ -106,8 +107,7 @@ pub(super) fn parse(
     surroundings: &mut dyn Surroundings,
 ) -> Result<Request> {
     let words = std::iter::once("tiny-sd verify".into()).chain(flags);
-    let args = command()
-        .try_get_matches_from(words)
+    let args = config::matches(&command(), words, Scope::Recorded, surroundings)?
         .and_then(|matches| Ok((VerifyArgs::from_arg_matches(&matches)?, matches)));
     let (args, matches) = match args {
         Ok(args) => args,

@@ -26,6 +26,7 @@ fn compare(folder: &Path, model: &str, words: &str) -> Output {
         .arg(model)
         .args(words.split('|'))
         .env_remove("TINY_SD_DEVICE")
+        .env("TINY_SD_CONFIG", "")
         .env("XDG_CACHE_HOME", folder)
         .current_dir(folder)
         .stdin(Stdio::null())

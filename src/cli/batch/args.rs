@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 use crate::cli::args::{ModelArgs, PictureArgs, RunArgs};
+use crate::cli::config::{self, Scope};
+use crate::cli::surroundings::Surroundings;
 
 /// The command line of a batch, each value parsed on its own.
 #[derive(Debug, Parser)]
@@ -69,9 +71,11 @@ pub(in crate::cli) fn command() -> clap::Command {
 /// Parses what follows `tiny-sd batch`.
 pub(super) fn parse(
     words: impl Iterator<Item = std::ffi::OsString>,
-) -> Result<BatchArgs, clap::Error> {
+    surroundings: &dyn Surroundings,
+) -> crate::error::Result<Result<BatchArgs, clap::Error>> {
     let words = std::iter::once("tiny-sd batch".into()).chain(words);
-    BatchArgs::from_arg_matches(&command().try_get_matches_from(words)?)
+    let matches = config::matches(&command(), words, Scope::Batch, surroundings)?;
+    Ok(matches.and_then(|matches| BatchArgs::from_arg_matches(&matches)))
 }
 
 const ABOUT: &str = "Makes a picture of every line of a file, and goes on where it was stopped.";

@@ -277,7 +277,8 @@ mod tests {
     fn found(flags: &str, jobs: &str) -> std::result::Result<Vec<Task>, String> {
         let words = ["jobs", "--out-dir", "out"].into_iter().chain(flags.split('|'));
         let words = words.filter(|word| !word.is_empty());
-        let args: BatchArgs = parse(words.map(Into::into)).map_err(|error| error.to_string())?;
+        let args = parse(words.map(Into::into), &Fake::default()).map_err(|e| e.to_string())?;
+        let args: BatchArgs = args.map_err(|error| error.to_string())?;
         let lines = lines::read(jobs.as_bytes(), Format::Auto).map_err(|e| e.to_string())?;
         let [device] = &*args.model.device else { panic!("one device") };
         let (fake, again) = (Fake::default(), Fake::default());

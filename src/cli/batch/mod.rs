@@ -77,7 +77,7 @@ pub(super) fn parse(
     words: impl Iterator<Item = OsString>,
     surroundings: &mut dyn Surroundings,
 ) -> Result<Request> {
-    let args = match args::parse(words) {
+    let args = match args::parse(words, surroundings)? {
         Ok(args) => args,
         Err(error) if !error.use_stderr() => return Ok(Request::Show(error)),
         Err(error) => return Err(usage(&error)),
