@@ -11,6 +11,7 @@ fn main() -> ExitCode {
             Request::Print(text) => cli::print(&text)?,
             Request::Work(job) => cli::work(&job)?,
             Request::Compare(job) => return cli::compare(&job),
+            Request::Explain(job) => cli::explain(&job)?,
             Request::Tell(job) => cli::tell(&job)?,
             Request::Schedulers(job) => cli::list_schedulers(job)?,
             Request::Verify(job) => return cli::verify(&job, &mut cli::open),

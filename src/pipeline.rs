@@ -28,18 +28,16 @@ use crate::schedule::{
     Combination, Plan, Scheduler, SchedulerChoice, SchedulerConfig, Source, Step,
 };
 use crate::tensor::{Tensor, program};
-use crate::tokenizer::Tokenizer;
-
-pub use crate::tokenizer::Syntax as PromptSyntax;
+pub use crate::tokenizer::{Syntax as PromptSyntax, Token, Tokenizer};
 pub use additions::Additions;
 use decoding::Wide;
-pub use loading::{LoadOptions, Outline, default_size, inpaints};
+pub use loading::{LoadOptions, Outline, default_size, inpaints, tokenizer};
 use posteriors::Posteriors;
 use preview::Preview;
 use prompts::Embeddings;
 pub use prompts::TextOptions;
 use start::Start;
-pub use start::{ImageMode, needs_mask};
+pub use start::{ImageMode, needs_mask, plan_of_image};
 
 /// Version of the way from settings to pixels. Whoever changes pictures beyond the rounding in
 /// which kernels differ raises it: pictures of another version are not taken for those of this one.

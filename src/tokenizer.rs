@@ -18,7 +18,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
 use crate::error::{Error, Result};
-pub use chunks::{Chunk, Chunks, Syntax};
+pub use chunks::{Chunk, Chunks, Syntax, Token};
 use special::{SpecialTokens, added_tokens_decoder, tokens_to_add};
 
 mod chunks;

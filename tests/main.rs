@@ -5,6 +5,7 @@ mod batch;
 mod cli;
 mod decoding;
 mod end_to_end;
+mod explain;
 mod faults;
 mod fuzzing;
 mod golden;

@@ -353,6 +353,7 @@ Examples:
   tiny-sd \"a fox\" -o fox.png --preview 5          fox-preview.png while it is being made
   tiny-sd \"a fox\" -q                             --quiet; -v, --verbose says more
   tiny-sd \"a cat\" --from fox.png                 the settings of fox.png, another prompt
+  tiny-sd explain \"a fox\" --steps 30             what that would do, without doing it
   tiny-sd info fox.png                           how it was made (tiny-sd info --help)
   tiny-sd verify fox.png                         whether it comes out the same here
   tiny-sd \"a fox\" -o fox.png --json              what happens, for programs

@@ -7,8 +7,18 @@ use clap::error::ContextKind;
 use crate::error::{Error, Result};
 
 /// The commands, but for `man`: honest prompts are near that.
-const COMMANDS: [&str; 9] =
-    ["help", "worker", "compare", "info", "verify", "batch", "schedulers", "completions", "config"];
+const COMMANDS: [&str; 10] = [
+    "help",
+    "worker",
+    "compare",
+    "info",
+    "verify",
+    "batch",
+    "schedulers",
+    "completions",
+    "config",
+    "explain",
+];
 
 /// What a lone word on the command line is.
 #[derive(Debug, PartialEq, Eq)]

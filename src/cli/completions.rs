@@ -10,7 +10,7 @@ use clap_mangen::Man;
 use super::args::Args;
 use super::command::usage;
 use super::job::Request;
-use super::{batch, compare, config, info, schedulers, verify, worker};
+use super::{batch, compare, config, explain, info, schedulers, verify, worker};
 use crate::error::{Error, Result};
 
 /// Whose completions.
@@ -109,10 +109,11 @@ fn text(bytes: Vec<u8>) -> Result<String> {
 }
 
 /// All commands, each under its own name.
-fn commands() -> [(&'static str, Command); 9] {
+fn commands() -> [(&'static str, Command); 10] {
     [
         ("worker", worker::command()),
         ("compare", compare::command()),
+        ("explain", explain::command()),
         ("info", info::command()),
         ("verify", verify::command()),
         ("batch", batch::command()),

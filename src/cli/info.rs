@@ -209,7 +209,7 @@ fn picture(path: &Path) -> Result<Found> {
 }
 
 /// A name and a value; what steers a terminal is shown and not done.
-fn line(text: &mut String, name: &str, value: impl std::fmt::Display) {
+pub(super) fn line(text: &mut String, name: &str, value: impl std::fmt::Display) {
     let mut shown = String::new();
     for c in value.to_string().chars() {
         match c.is_control() {
@@ -414,7 +414,7 @@ impl std::fmt::Display for Weights {
     }
 }
 
-fn megabytes(bytes: u64) -> String {
+pub(super) fn megabytes(bytes: u64) -> String {
     format!("{:.1} MB", bytes as f64 / 1e6)
 }
 

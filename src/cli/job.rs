@@ -17,6 +17,7 @@ use super::compare::{self, CompareJob};
 use super::completions;
 use super::config::{self, Scope};
 use super::device::DevicePlan;
+use super::explain::{self, ExplainJob};
 use super::from;
 use super::info::{self, InfoJob};
 use super::inputs::{ImageRequest, Inputs};
@@ -110,6 +111,8 @@ pub enum Request {
     Paint(Box<Job>),
     /// Find the first op that differs between two devices.
     Compare(Box<CompareJob>),
+    /// Say what a picture would be made of.
+    Explain(Box<ExplainJob>),
     /// Say what a picture or a model is.
     Tell(Box<InfoJob>),
     /// List the schedulers.
@@ -140,6 +143,7 @@ pub fn parse(
         Some("worker") => return worker::parse(flags),
         Some("compare") => return compare::parse(flags, surroundings),
         Some("batch") => return batch::parse(flags, surroundings),
+        Some("explain") => return explain::parse(flags, surroundings),
         Some("info") => return info::parse(flags, surroundings),
         Some("schedulers") => return schedulers::parse(flags),
         Some("verify") => return verify::parse(flags, surroundings),

@@ -352,6 +352,7 @@ mod tests {
             parse(command_line.map(Into::into), &mut Process).and_then(|request| match request {
                 Request::Paint(job) => run(&job, &mut open),
                 Request::Compare(_)
+                | Request::Explain(_)
                 | Request::Tell(_)
                 | Request::Schedulers(_)
                 | Request::Verify(_)

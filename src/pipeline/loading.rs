@@ -57,10 +57,7 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
             Some(choice) => scheduler_config.for_scheduler(choice)?,
             None => scheduler_config.scheduler()?,
         };
-        let mut tokenizer = match model.tokenizer() {
-            TokenizerFiles::Folder(folder) => Tokenizer::open(&folder)?,
-            TokenizerFiles::Clip { pad_token } => Tokenizer::clip(pad_token)?,
-        };
+        let mut tokenizer = own_tokenizer(model)?;
         let text = TextConfig::parse(&model.config(Component::TextEncoder)?)?;
         let unet = UNetConfig::parse(&model.config(Component::Unet)?)?;
         let vae = AutoencoderConfig::parse(&model.config(Component::Vae)?)?;
@@ -155,6 +152,24 @@ pub fn default_size(model: &Model) -> Result<ImageSize> {
     let unet = UNetConfig::parse(&model.config(Component::Unet)?)?;
     let vae = AutoencoderConfig::parse(&model.config(Component::Vae)?)?;
     Ok(trained_size(&unet, vae.scale_factor()))
+}
+
+/// A model's tokenizer, which knows the names of embeddings; none of the model's weights are read.
+///
+/// # Errors
+/// If it cannot be read, or an embedding is none of this model.
+pub fn tokenizer(model: &Model, additions: &Additions) -> Result<Tokenizer> {
+    let mut tokenizer = own_tokenizer(model)?;
+    let text = TextConfig::parse(&model.config(Component::TextEncoder)?)?;
+    additions.words(&mut tokenizer, &text)?;
+    Ok(tokenizer)
+}
+
+fn own_tokenizer(model: &Model) -> Result<Tokenizer> {
+    match model.tokenizer() {
+        TokenizerFiles::Folder(folder) => Tokenizer::open(&folder),
+        TokenizerFiles::Clip { pad_token } => Tokenizer::clip(pad_token),
+    }
 }
 
 /// Whether a model's UNet sees a mask: then it makes no picture without one. No weights are read.

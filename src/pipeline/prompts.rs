@@ -29,7 +29,8 @@ pub struct TextOptions {
 
 impl TextOptions {
     /// How the negative prompt is read. diffusers leaves no layer out for it, AUTOMATIC1111 does.
-    fn of_negative(self) -> Self {
+    #[must_use]
+    pub fn of_negative(self) -> Self {
         match self.syntax {
             Syntax::Plain => Self { clip_skip: 0, ..self },
             Syntax::A1111 => self,

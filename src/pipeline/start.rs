@@ -43,12 +43,9 @@ impl<'a> ImageMode<'a> {
         self.image.size()
     }
 
-    /// The steps that are left; where nothing of the image is to be seen under the noise, all.
+    /// The steps that are left.
     fn plan(&self, scheduler: &Scheduler, steps: usize) -> Result<Plan> {
-        match self.mask {
-            Some(_) if self.strength == 1.0 => scheduler.plan(steps),
-            Some(_) | None => scheduler.plan_from(steps, self.strength),
-        }
+        plan_of_image(scheduler, steps, self.strength, self.mask.is_some())
     }
 }
 
@@ -102,6 +99,23 @@ impl<B: Backend> Kept<B> {
 /// A model for inpainting is asked for something else.
 pub fn needs_mask() -> Error {
     Error::usage("this model paints into pictures: it needs --image and --mask")
+}
+
+/// The steps that are left of a run from an image, of which a mask may keep a part; where nothing
+/// of it is to be seen under the noise, all.
+///
+/// # Errors
+/// If no step is left, or the scheduler cannot do it.
+pub fn plan_of_image(
+    scheduler: &Scheduler,
+    steps: usize,
+    strength: f64,
+    is_masked: bool,
+) -> Result<Plan> {
+    match is_masked && strength == 1.0 {
+        true => scheduler.plan(steps),
+        false => scheduler.plan_from(steps, strength),
+    }
 }
 
 /// The plan of a request.

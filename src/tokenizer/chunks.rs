@@ -75,6 +75,17 @@ pub struct Chunk {
     pub weights: Vec<f32>,
 }
 
+/// What the text encoder takes of a prompt, for people.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Token {
+    /// Its id; of an embedding, the row of the text encoder's table.
+    pub id: u32,
+    /// As the vocabulary writes it: `</w>` is the end of a word.
+    pub text: String,
+    /// How much it counts.
+    pub weight: f32,
+}
+
 /// A prompt, ready for the text encoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Chunks {
@@ -103,6 +114,24 @@ impl Tokenizer {
                 Ok(Chunks { chunks, truncated: None })
             }
         }
+    }
+
+    /// The tokens of a chunk, without what is around them.
+    pub fn tokens_of(&self, chunk: &Chunk) -> Vec<Token> {
+        let last = chunk.ids.iter().rposition(|id| *id != self.pad).unwrap_or(0);
+        // It is the eos, unless that is what chunks are padded with.
+        let end = if self.pad == self.eos { last + 1 } else { last };
+        let token = |(&id, &weight)| Token { id, text: self.text_of(id), weight };
+        chunk.ids.iter().zip(&chunk.weights).take(end).skip(1).map(token).collect()
+    }
+
+    /// How the vocabulary writes an id, and an embedding's row the name of the embedding.
+    fn text_of(&self, id: u32) -> String {
+        let has = |rows: &Rows| rows.ids().any(|row| row == id);
+        // A row behind the first has a name of its own, too.
+        let named = self.embeddings.iter().filter(|(_, rows)| has(rows));
+        let named = named.min_by_key(|(_, rows)| rows.count).map_or(id, |(name, _)| *name);
+        self.bpe.id_to_token(named).unwrap_or_else(|| format!("?{id}"))
     }
 
     fn weighted_chunks(&self, prompt: &str) -> Result<Vec<Chunk>> {

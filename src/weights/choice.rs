@@ -202,6 +202,47 @@ fn looked_for(component: Component, variants: &[Option<&str>]) -> String {
 }
 
 impl Choice {
+    /// Why it is this one, of the names that exist: what of the rules of [`choose`] decided.
+    pub fn why(&self, asked: Option<&Variant>, exists: &dyn Fn(&str) -> bool) -> String {
+        let asked = asked.map(Variant::as_str);
+        let words = [None, asked].into_iter().chain(KNOWN_VARIANTS.map(Some));
+        let mut there: Vec<(Option<&str>, Self)> = Vec::new();
+        for word in words {
+            for choice in candidates(self.component, word) {
+                let is_new = !there.iter().any(|(_, known)| *known == choice);
+                if is_new && exists(&choice.file) {
+                    there.push((word, choice));
+                }
+            }
+        }
+        let own = there.iter().find(|(_, choice)| choice == self).and_then(|(word, _)| *word);
+        let mut reasons = BTreeSet::new();
+        let others = there.iter().filter(|(_, choice)| choice != self);
+        for (word, other) in others.clone() {
+            match *word == own {
+                true if other.format != self.format => {
+                    reasons.insert("safetensors before pickle".to_owned());
+                }
+                true => drop(reasons.insert("one file before several".to_owned())),
+                false if asked.is_none() => drop(reasons.insert("plain names first".to_owned())),
+                false => {}
+            }
+        }
+        reasons.extend(asked.map(|word| format!("--variant {word}")));
+        if let (None, Some(word)) = (asked, own) {
+            reasons.insert(format!("no plain names, but {word}"));
+        }
+        let reasons = match reasons.is_empty() {
+            true => "the only one".to_owned(),
+            false => reasons.into_iter().collect::<Vec<_>>().join(", "),
+        };
+        let others: Vec<_> = others.map(|(_, other)| other.file.as_str()).collect();
+        match others.is_empty() {
+            true => reasons,
+            false => format!("{reasons}; also there: {}", others.join(", ")),
+        }
+    }
+
     /// The weight files that an index names, as paths in the model's folder, each once.
     ///
     /// # Errors

@@ -15,6 +15,7 @@ use candle_core::{CpuStorage, DType, DeviceLocation, Shape, WithDType};
 use crate::backend::{Begun, HostTensor, Noise, View};
 use crate::error::{Error, Result};
 
+pub use kernels::transformed_bytes;
 pub use kernels::{check_path as check_kernel_path, path as kernel_path, paths as kernel_paths};
 pub use storage::Storage;
 

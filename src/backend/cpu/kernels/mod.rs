@@ -43,7 +43,7 @@ pub use add::add;
 pub use memory::return_large_buffers;
 pub use spare::give;
 pub use upload::upload;
-pub use weight::{Packed, prepare};
+pub use weight::{Packed, prepare, transformed_bytes};
 
 /// The name of the kernels that this process runs.
 pub fn path() -> &'static str {

@@ -43,6 +43,12 @@ pub enum Form {
     Transformed(Kernel),
 }
 
+/// Bytes that the weight of a convolution takes where it is transformed for Winograd's; none where
+/// it is not, as all with `--low-memory`.
+pub fn transformed_bytes(dims: &[usize], stride: usize) -> Option<u64> {
+    Kernel::bytes_of(dims, stride)
+}
+
 impl Packed {
     /// The dtype of the operands that it goes with.
     pub fn dtype(&self) -> DType {

@@ -33,6 +33,13 @@ impl Kernel {
         matches!(*dims, [out, channels, 3, 3] if enough(out) && enough(channels)) && stride == 1
     }
 
+    /// Bytes of memory of such a weight once it is transformed; none if it is not.
+    pub fn bytes_of(dims: &[usize], stride: usize) -> Option<u64> {
+        let &[columns, channels, ..] = dims else { return None };
+        let len = packed_len(columns, channels).filter(|_| Self::suits(dims, stride))?;
+        (len as u64).checked_mul(size_of::<f32>() as u64)
+    }
+
     /// Transforms a weight of nine taps.
     ///
     /// # Errors
@@ -41,9 +48,7 @@ impl Kernel {
         let too_large = || Error::other("a weight is too large to be transformed");
         let (channels, columns) = (source.channels, source.columns);
         assert!(source.taps.len() == 9 && channels > 0, "a kernel of 3 x 3");
-        let filled = columns.checked_next_multiple_of(HALF).ok_or_else(too_large)?;
-        let len = channels.checked_mul(filled).and_then(|len| len.checked_mul(PLACES));
-        let mut packed = zeroed(len.ok_or_else(too_large)?)?;
+        let mut packed = zeroed(packed_len(columns, channels).ok_or_else(too_large)?)?;
         let panels = packed.par_chunks_mut(PLACES * channels * WIDTH).enumerate();
         panels.for_each(|(j, panel)| transform_panel(values, source, j * WIDTH, panel));
         Ok(Self { channels, columns, values: packed })
@@ -88,6 +93,12 @@ impl std::fmt::Debug for Kernel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Kernel({} to {})", self.channels, self.columns)
     }
+}
+
+/// Numbers of a transformed kernel.
+fn packed_len(columns: usize, channels: usize) -> Option<usize> {
+    let filled = columns.checked_next_multiple_of(HALF)?;
+    channels.checked_mul(filled)?.checked_mul(PLACES)
 }
 
 /// Fills one panel, whose first column is `first`.
