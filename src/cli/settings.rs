@@ -208,8 +208,9 @@ impl Settings {
     ///
     /// Not in it: what only names these things (`prompt`, `scheduler`, the model's `source`,
     /// `revision`, `variant`, `config` and `vae`, where images were), who wrote it (`schema`,
-    /// `version`), and where it was made (`device`, `kernel_path`): where the kernels are the same,
-    /// so are the pictures, and where they are not, the pictures differ by rounding.
+    /// `version`), and where it was made (`device`, `kernel_path`, and `--low-memory`, which
+    /// records lack): where the kernels are the same, so are the pictures, and else they differ
+    /// by rounding.
     pub fn key(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         let mut add = |name: &str, value: &[u8]| {
