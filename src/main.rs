@@ -13,6 +13,7 @@ fn main() -> ExitCode {
             Request::Compare(job) => return cli::compare(&job),
             Request::Explain(job) => cli::explain(&job)?,
             Request::Tell(job) => cli::tell(&job)?,
+            Request::Models(job) => cli::models(&job)?,
             Request::Schedulers(job) => cli::list_schedulers(job)?,
             Request::Verify(job) => return cli::verify(&job, &mut cli::open),
             Request::Batch(job) => return cli::batch(&job),

@@ -36,6 +36,9 @@ fn bash_completes_flags_and_commands_with_the_script() {
         ("worker --max-w", "--max-waiting"),
         ("batch --out-d", "--out-dir"),
         ("completions fi", "fish"),
+        ("mode", "models"),
+        ("models pu", "pull"),
+        ("models rm --y", "--yes"),
     ] {
         let call = "source \"$1\"; COMP_WORDS=(tiny-sd $2); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); \
                     complete=$(complete -p tiny-sd); complete=${complete#*-F }; \

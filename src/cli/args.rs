@@ -359,6 +359,7 @@ Examples:
   tiny-sd \"a fox\" -o fox.png --json              what happens, for programs
   tiny-sd batch jobs.jsonl --out-dir out         a picture a line (tiny-sd batch --help)
   tiny-sd worker --listen 0.0.0.0:4433           lend this machine (tiny-sd worker --help)
+  tiny-sd models                                 what was downloaded (tiny-sd models --help)
   tiny-sd config                                 the file of defaults, and what it sets
   tiny-sd completions bash                       for the shell (tiny-sd completions --help)
   tiny-sd man                                    the manual page, as roff

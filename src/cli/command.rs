@@ -7,13 +7,14 @@ use clap::error::ContextKind;
 use crate::error::{Error, Result};
 
 /// The commands, but for `man`: honest prompts are near that.
-const COMMANDS: [&str; 10] = [
+const COMMANDS: [&str; 11] = [
     "help",
     "worker",
     "compare",
     "info",
     "verify",
     "batch",
+    "models",
     "schedulers",
     "completions",
     "config",

@@ -22,6 +22,7 @@ use super::from;
 use super::info::{self, InfoJob};
 use super::inputs::{ImageRequest, Inputs};
 use super::model::{HubName, ModelSource};
+use super::models::{self, ModelsJob};
 use super::output::OutputPlan;
 use super::prompt::{check, given_prompt, prompt_of_stdin};
 use super::schedulers::{self, SchedulersJob};
@@ -115,6 +116,8 @@ pub enum Request {
     Explain(Box<ExplainJob>),
     /// Say what a picture or a model is.
     Tell(Box<InfoJob>),
+    /// List, download or remove models.
+    Models(Box<ModelsJob>),
     /// List the schedulers.
     Schedulers(SchedulersJob),
     /// Make a picture again and compare.
@@ -145,6 +148,7 @@ pub fn parse(
         Some("batch") => return batch::parse(flags, surroundings),
         Some("explain") => return explain::parse(flags, surroundings),
         Some("info") => return info::parse(flags, surroundings),
+        Some("models") => return models::parse(flags, surroundings),
         Some("schedulers") => return schedulers::parse(flags),
         Some("verify") => return verify::parse(flags, surroundings),
         Some("completions") => return completions::parse_completions(flags),

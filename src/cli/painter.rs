@@ -1,26 +1,25 @@
 //! From a job to a loaded model: the files, the device, the pipeline. Separate because this is the
-//! one place that sees the hub, the devices and the pipeline together.
+//! one place that sees files, devices and the pipeline together.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::DType;
 
 use super::additions::AdditionRecords;
 use super::device::DevicePlan;
+use super::download::{Download, Part, download};
 use super::identity::Pending;
-use super::interrupt;
 use super::job::Job;
 use super::model::{HubName, ModelSource};
 use super::places::{OnBackend, PaintOnDevice, Place, PlacedPainter, Places};
 use super::run::Painter;
 use crate::backend::{Backend, Device as _};
-use crate::error::{Kind, Result};
+use crate::error::Result;
 use crate::image::{ImageSize, Picture};
 use crate::pipeline::{self, LoadOptions, PictureRequest, Pipeline, Placement};
-use crate::progress::{Event, Progress};
+use crate::progress::Progress;
 use crate::schedule::SchedulerChoice;
-use crate::weights::hub::{self, Hub, HubOptions, Repository, Revision};
-use crate::weights::{Component, LoneVae, Model, Variant, choose, config_files, json};
+use crate::weights::{LoneVae, Model, Variant};
 
 /// Loads the job's model onto its devices.
 ///
@@ -113,23 +112,17 @@ pub(super) fn model(
     let variant = wanted.variant.map(|name| Variant::parse(name.as_str())).transpose()?;
     let at = |source: &ModelSource, part| match source {
         ModelSource::Folder(path) | ModelSource::File(path) => Ok(path.clone()),
-        ModelSource::Hub(name) => download(wanted, name, part, variant.as_ref(), progress),
+        ModelSource::Hub(name) => {
+            // The revision is the model's.
+            let revision = wanted.revision.filter(|_| part != Part::Vae);
+            let wanted = Download { name, revision, part, offline: wanted.offline };
+            download(&wanted, variant.as_ref(), progress)
+        }
     };
     let part = if wanted.vae.is_some() { Part::WithoutVae } else { Part::Whole };
     let model = Model::open(at(wanted.model, part)?, wanted.configs)?;
     let vae = wanted.vae.map(|source| LoneVae::open(at(source, Part::Vae)?));
     Ok((model.with_vae(vae.transpose()?), variant))
-}
-
-/// What is wanted of a repository.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
-    /// A whole model.
-    Whole,
-    /// All but the weights of its VAE.
-    WithoutVae,
-    /// A VAE: its files are at the top, or where a model has them.
-    Vae,
 }
 
 /// What is the same wherever the stages are.
@@ -237,96 +230,5 @@ impl<T: Backend, U: Backend, V: Backend> PaintOnDevice for LoadedPainter<T, U, V
         progress: &dyn Progress,
     ) -> Result<Vec<Picture>> {
         self.pipeline.paint_together(requests, progress)
-    }
-}
-
-/// The repository's files in the hub's cache: the configurations first, because indices of sharded
-/// weights name further files.
-fn download(
-    wanted: &Wanted<'_>,
-    name: &str,
-    part: Part,
-    variant: Option<&Variant>,
-    progress: &dyn Progress,
-) -> Result<PathBuf> {
-    let mut options = HubOptions::from_environment(&|name| std::env::var_os(name))?;
-    options.offline |= wanted.offline;
-    if let Some(revision) = wanted.revision.filter(|_| part != Part::Vae) {
-        options.revision = Revision::parse(revision.as_str())?;
-    }
-    let hub = Hub::new(options, interrupt::flag());
-    let repository = hub.repository(name)?;
-    if let Some(warning) = repository.warning() {
-        progress.report(Event::Warning(warning));
-    }
-    fetch(&repository, part, variant, progress).map_err(|error| match error.kind() {
-        Kind::Model => error.context(name),
-        Kind::Usage | Kind::Remote | Kind::Other | Kind::Interrupted => error,
-    })
-}
-
-fn fetch(
-    repository: &Repository<'_>,
-    part: Part,
-    variant: Option<&Variant>,
-    progress: &dyn Progress,
-) -> Result<PathBuf> {
-    let names = repository.file_names();
-    let vae_config = Component::Vae.config_file();
-    let is_at_top = part == Part::Vae && !names.contains(&vae_config);
-    let place = |name: &str| match name.strip_prefix("vae/") {
-        Some(name) if is_at_top => name.to_owned(),
-        Some(_) | None => name.to_owned(),
-    };
-    let exists = |name: &str| names.contains(&&*place(name));
-    let mut reporter = Reporter(progress);
-    let (configs, components) = match part {
-        Part::Whole => (config_files(&exists)?, &Component::ALL[..]),
-        Part::WithoutVae => {
-            (config_files(&exists)?, &[Component::TextEncoder, Component::Unet][..])
-        }
-        Part::Vae => (vec![vae_config], &[Component::Vae][..]),
-    };
-    let mut wanted: Vec<String> = configs.into_iter().map(place).collect();
-    let chosen = |component: &Component| match (part, choose(*component, variant, &exists)) {
-        // The variant is asked of the model.
-        (Part::Vae, Err(_)) => choose(*component, None, &exists),
-        (_, choice) => choice,
-    };
-    let choices = components.iter().map(chosen).collect::<Result<Vec<_>>>()?;
-    let indices: Vec<_> = choices.iter().filter(|choice| choice.is_index).collect();
-    if !indices.is_empty() {
-        let files: Vec<_> = indices.iter().map(|choice| place(&choice.file)).collect();
-        let snapshot = repository.fetch(&files, &mut reporter)?;
-        for choice in indices {
-            let index = json::read_text(&snapshot.join(place(&choice.file)))?;
-            wanted.extend(choice.shards(&index)?.iter().map(|name| place(name)));
-        }
-    }
-    wanted.extend(choices.into_iter().map(|choice| place(&choice.file)));
-    repository.fetch(&wanted, &mut reporter)
-}
-
-/// The hub's events as the run's.
-struct Reporter<'a>(&'a dyn Progress);
-
-impl hub::Progress for Reporter<'_> {
-    fn report(&mut self, event: &hub::Event<'_>) {
-        match event {
-            hub::Event::Advanced { name, file_bytes, size_bytes, .. } => {
-                let (file, done, total) = (*name, *file_bytes, *size_bytes);
-                self.0.report(Event::Downloading { file, done, total });
-            }
-            hub::Event::Waiting { name } => {
-                let text = format!("{name}: waiting for another process that downloads it");
-                self.0.report(Event::Warning(&text));
-            }
-            hub::Event::Retrying { name, reason } => {
-                self.0.report(Event::Warning(&format!("{name}: {reason}; trying again")));
-            }
-            hub::Event::Started { .. }
-            | hub::Event::FileStarted { .. }
-            | hub::Event::FileFinished { .. } => {}
-        }
     }
 }

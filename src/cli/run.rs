@@ -354,6 +354,7 @@ mod tests {
                 Request::Compare(_)
                 | Request::Explain(_)
                 | Request::Tell(_)
+                | Request::Models(_)
                 | Request::Schedulers(_)
                 | Request::Verify(_)
                 | Request::Batch(_)

@@ -10,8 +10,10 @@
 mod cache;
 mod client;
 mod download;
+mod inventory;
 mod names;
 mod options;
+mod removal;
 mod transport;
 
 use std::path::PathBuf;
@@ -20,8 +22,10 @@ use std::sync::atomic::AtomicBool;
 use cache::RepositoryCache;
 use client::{Client, Listing, Metadata, Subject};
 use download::BlobDownload;
+pub use inventory::{CachedRepository, CachedRevision, Inventory};
 pub use names::{Commit, FileName, RepositoryId, Revision};
 pub use options::{HubOptions, Token};
+pub use removal::Removal;
 use transport::{Failure, Transport};
 
 use crate::error::{Error, Result};

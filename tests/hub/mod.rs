@@ -1,5 +1,6 @@
 //! A model from a hub, through the cache: against a server of the tests' own, as `HF_ENDPOINT`.
 
+mod models;
 pub mod server;
 mod support;
 

@@ -13,8 +13,8 @@ use crate::error::{Error, Result};
 /// Says to backup tools that this is a cache (<https://bford.info/cachedir/>).
 const CACHE_TAG: &str = "Signature: 8a477f597d28d172789f06886806bc55\n";
 /// Deepest folder and most files that a snapshot is listed with.
-const MAX_DEPTH: usize = 16;
-const MAX_FILES: usize = 100_000;
+pub(super) const MAX_DEPTH: usize = 16;
+pub(super) const MAX_FILES: usize = 100_000;
 
 pub(super) struct RepositoryCache {
     cache_dir: PathBuf,
@@ -114,7 +114,7 @@ impl RepositoryCache {
     /// Tries to become the one who makes a blob; `None` while another process is at it.
     /// The file is never removed: those who wait for it hold the same one.
     pub fn try_lock(&self, etag: &Etag) -> Result<Option<BlobLock>> {
-        let folder = self.cache_dir.join(".locks").join(&self.folder_name);
+        let folder = self.locks_dir();
         let path = folder.join(format!("{etag}.lock"));
         let open = || {
             fs::create_dir_all(&folder)?;
@@ -171,15 +171,23 @@ impl RepositoryCache {
         ))
     }
 
-    fn folder(&self) -> PathBuf {
+    /// All that is here of the model.
+    pub fn folder(&self) -> PathBuf {
         self.cache_dir.join(&self.folder_name)
     }
 
-    fn ref_path(&self, revision: &Revision) -> PathBuf {
+    /// The locks of its blobs.
+    pub fn locks_dir(&self) -> PathBuf {
+        self.cache_dir.join(".locks").join(&self.folder_name)
+    }
+
+    /// Where it is remembered which commit a revision is.
+    pub fn ref_path(&self, revision: &Revision) -> PathBuf {
         self.folder().join("refs").join(revision.to_path())
     }
 
-    fn read_ref(&self, revision: &Revision) -> Option<Commit> {
+    /// The commit that the revision had when it was last looked up.
+    pub fn read_ref(&self, revision: &Revision) -> Option<Commit> {
         let mut hash = String::new();
         File::open(self.ref_path(revision)).ok()?.take(256).read_to_string(&mut hash).ok()?;
         Commit::parse(hash.trim())
@@ -187,7 +195,7 @@ impl RepositoryCache {
 }
 
 /// Files only, through the links; what cannot be read or named is left out, as is a broken link.
-fn list_into(files: &mut Vec<FileName>, folder: &Path, prefix: &str, depth: usize) {
+pub(super) fn list_into(files: &mut Vec<FileName>, folder: &Path, prefix: &str, depth: usize) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
         let Ok(name) = entry.file_name().into_string() else { continue };

@@ -49,6 +49,13 @@ impl RepositoryId {
     pub(super) fn folder_name(&self) -> String {
         format!("models--{}", self.0.replace('/', "--"))
     }
+
+    /// The model that a folder of the cache is of; `None` if it is no model's of an organisation.
+    pub(super) fn of_folder(name: &str) -> Option<Self> {
+        // No part has a double hyphen.
+        let (organisation, name) = name.strip_prefix("models--")?.split_once("--")?;
+        Self::parse(&format!("{organisation}/{name}")).ok()
+    }
 }
 
 /// A branch, a tag, a pull request (`refs/pr/1`) or a commit.
