@@ -165,7 +165,9 @@ impl Filling<'_> {
         if let Some(used) = found.get("Clip skip") {
             // Which layer is used, from the end; some write -1 or 0 for the last one.
             let skipped = used.parse::<i64>().map_or(used.to_owned(), |used| match used {
-                ..=1 => "0".to_owned(),
+                -1..=1 => "0".to_owned(),
+                // Nobody's: named as it is written.
+                ..=-2 => used.to_string(),
                 _ => used.saturating_sub(1).to_string(),
             });
             self.take("clip_skip", &skipped, |args, skip| args.picture.clip_skip = skip)?;

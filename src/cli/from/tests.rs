@@ -82,6 +82,17 @@ fn a_record_becomes_the_job_it_was_and_flags_that_are_given_win() {
 }
 
 #[test]
+fn layers_to_leave_out_that_nobody_writes_are_refused() {
+    let text = |skip: &str| with_text(&format!("a\nSteps: 2, Seed: 1, Clip skip: {skip}"));
+    for skip in ["-1", "0", "1"] {
+        assert_eq!(from(text(skip), "").unwrap().clip_skip, job_of("a").clip_skip, "{skip}");
+    }
+    let error = from(text("-5"), "").unwrap_err().to_string();
+    assert!(error.contains("its clip skip \"-5\""), "{error}");
+    from(text("-5"), "|--clip-skip|1").unwrap();
+}
+
+#[test]
 fn other_programs_settings_are_taken_and_what_is_not_is_said() {
     let text = "a fox\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, Schedule type: \
                 Automatic, CFG scale: 7, Seed: 5, Size: 512x768, Model: v1-5, Clip skip: 2";
