@@ -212,13 +212,21 @@ fn picture(path: &Path) -> Result<Found> {
 pub(super) fn line(text: &mut String, name: &str, value: impl std::fmt::Display) {
     let mut shown = String::new();
     for c in value.to_string().chars() {
-        match c.is_control() {
+        match c.is_control() || reorders(c) {
             true => shown.extend(c.escape_default()),
             false => shown.push(c),
         }
     }
     // Writing to a String cannot fail.
-    let _ = writeln!(text, "{:<16} {shown}", name.replace(char::is_control, " "));
+    let name = name.replace(|c: char| c.is_control() || reorders(c), " ");
+    let _ = writeln!(text, "{name:<16} {shown}");
+}
+
+/// Whether a character has text shown in another order or on another line than it is written.
+fn reorders(c: char) -> bool {
+    let of_direction = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}');
+    let of_line = matches!(c, '\u{2028}' | '\u{2029}');
+    of_direction || of_line || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 fn record_lines(record: &Settings, text: &mut String) {
@@ -464,5 +472,8 @@ mod tests {
         let mut text = String::new();
         line(&mut text, "prompt", "a\n\u{1b}[2J é");
         assert_eq!(text, "prompt           a\\n\\u{1b}[2J é\n");
+        let mut text = String::new();
+        line(&mut text, "a\u{202e}b", "x\u{202e}gnp\u{2066}\u{200f}\u{2028}y");
+        assert_eq!(text, "a b              x\\u{202e}gnp\\u{2066}\\u{200f}\\u{2028}y\n");
     }
 }
