@@ -17,7 +17,7 @@ use std::fmt;
 pub use format::{FileFormat, JPEG_QUALITY};
 pub use infotext::Infotext;
 pub use mask::Mask;
-pub use read::{MAX_PICTURE_BYTES, PictureTexts};
+pub use read::{MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS, PictureTexts};
 
 use crate::error::{Error, Result};
 

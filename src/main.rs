@@ -17,6 +17,7 @@ fn main() -> ExitCode {
             Request::Schedulers(job) => cli::list_schedulers(job)?,
             Request::Verify(job) => return cli::verify(&job, &mut cli::open),
             Request::Batch(job) => return cli::batch(&job),
+            Request::Grid(job) => cli::grid(&job)?,
             Request::Paint(job) => cli::run(&job, &mut cli::open)?,
         }
         Ok(ExitCode::SUCCESS)

@@ -9,6 +9,7 @@ mod explain;
 mod faults;
 mod fuzzing;
 mod golden;
+mod grid;
 mod habits;
 mod hub;
 mod image_modes;

@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 use clap::{ArgAction, Parser};
 
 use super::device::DevicePlan;
+use super::grid::Axis;
 use super::model::{HubName, ModelSource};
 use super::values::{
     BatchSize, ClipSkip, Count, DtypeChoice, GuidanceScale, Side, Steps, Strength, Verbosity,
@@ -17,7 +18,7 @@ use crate::schedule::SchedulerChoice;
 use crate::weights::{EmbeddingFile, LoraFile};
 
 /// The command line, each value parsed on its own.
-#[derive(Debug, Parser)]
+#[derive(Debug, Clone, Parser)]
 #[command(
     name = "tiny-sd",
     version,
@@ -46,6 +47,15 @@ pub(super) struct Args {
     /// and stable-diffusion.cpp write in PNG, JPEG and WebP files.
     #[arg(long, value_name = "PICTURE")]
     pub from: Option<PathBuf>,
+
+    /// A sheet of pictures that differ in one or two flags: the first across, the second down
+    ///
+    /// Axes are steps, guidance-scale, scheduler, seed, strength and clip-skip, each with what the
+    /// flag takes, and prompt-sr: its first value is in the prompts, the others take its place.
+    /// 1-5, 10-50(+10) and 1-10[4] are ranges; a value with a comma is in quotes. At most 256
+    /// pictures, each as it would be alone; the sheet's record has the settings of all.
+    #[arg(long, value_name = "NAME=V,V,…", num_args = 1..=2, action = ArgAction::Append)]
+    pub grid: Vec<Axis>,
 
     #[command(flatten)]
     pub picture: PictureArgs,
@@ -350,6 +360,8 @@ Examples:
   tiny-sd \"a fox\" --low-memory                  half the memory, slower convolutions
   tiny-sd \"a fox\" -s 7 --count 4 -o fox.png      fox-1.png … fox-4.png with seeds 7 to 10
   tiny-sd \"a fox\" --count 8 --batch-size 4       four at a time through the UNet
+  tiny-sd \"a fox\" --grid steps=10,20 guidance=5,7 -o sheet.png
+  tiny-sd \"a red fox\" --grid prompt-sr=red,blue seed=1-4
   tiny-sd \"a fox\" -o fox.png --preview 5          fox-preview.png while it is being made
   tiny-sd \"a fox\" -q                             --quiet; -v, --verbose says more
   tiny-sd \"a cat\" --from fox.png                 the settings of fox.png, another prompt

@@ -82,6 +82,7 @@ pub(super) fn command() -> clap::Command {
         .after_long_help(AFTER_HELP)
         .mut_arg("output", |flag| flag.hide(true))
         .mut_arg("count", |flag| flag.hide(true))
+        .mut_arg("grid", |flag| flag.hide(true))
         .mut_arg("preview", |flag| flag.hide(true))
         .mut_arg("json", |flag| flag.hide(true))
 }
@@ -104,6 +105,9 @@ pub(super) fn parse(
     };
     if single.run.preview.is_some() {
         return Err(Error::usage("--preview: compare writes no picture, but what it found"));
+    }
+    if !single.grid.is_empty() {
+        return Err(Error::usage("--grid: compare looks at one picture, not at a sheet"));
     }
     if single.run.json {
         return Err(Error::usage("--json: compare prints what it found, not events"));

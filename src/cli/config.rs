@@ -24,7 +24,7 @@ const MAX_BYTES: usize = 64 << 10;
 /// Names another file, or none where it is empty.
 const VARIABLE: &str = "TINY_SD_CONFIG";
 /// Flags that are about one picture or one run.
-const NEVER: [&str; 7] = ["from", "prompt", "image", "mask", "json", "help", "version"];
+const NEVER: [&str; 8] = ["from", "grid", "prompt", "image", "mask", "json", "help", "version"];
 /// What belongs to the model of the file, and not to another one.
 const OF_MODEL: [&str; 4] = ["config", "vae", "revision", "variant"];
 /// What a command takes that makes a picture as it was recorded: nothing that determines it.

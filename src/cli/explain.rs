@@ -23,7 +23,7 @@ use super::model::ModelSource;
 use super::painter::{self, Wanted};
 use super::surroundings::Surroundings;
 use super::values::{DtypeChoice, Verbosity};
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::image::ImageSize;
 use crate::pipeline;
 use crate::progress::{Event, Progress};
@@ -78,6 +78,9 @@ pub(super) fn parse(
         Err(error) if !error.use_stderr() => return Ok(Request::Show(error)),
         Err(error) => return Err(usage(&error)),
     };
+    if !args.grid.is_empty() {
+        return Err(Error::usage("--grid: explain is about one picture, not about a sheet"));
+    }
     let is_json = std::mem::take(&mut args.run.json);
     let notes = from::fill_in(&mut args, &matches, surroundings)?;
     let has_seed = args.picture.seed.is_some();
@@ -93,6 +96,7 @@ pub(super) fn command() -> clap::Command {
         .override_usage("tiny-sd explain [OPTIONS] PROMPT")
         .after_help("tiny-sd explain --help says more.")
         .after_long_help(AFTER_HELP)
+        .mut_arg("grid", |flag| flag.hide(true))
         .mut_arg("json", |flag| flag.help("One line of JSON instead of text").long_help(None))
 }
 

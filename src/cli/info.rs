@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::command::usage;
 use super::display::Display;
+use super::grid::GridRecord;
 use super::identity::Identity;
 use super::inputs::read_picture;
 use super::interrupt;
@@ -177,9 +178,18 @@ fn file(job: &InfoJob, path: &Path) -> Result<Found> {
 
 fn picture(path: &Path) -> Result<Found> {
     let texts = PictureTexts::read(&read_picture(path, &Process)?)?;
+    let (name, size) = (path.display().to_string(), texts.size);
+    if let Some(grid) = texts.record.as_deref().and_then(GridRecord::read) {
+        let mut text = format!("{name}: {size}, a grid\n");
+        grid.say(&mut text);
+        let (width, height) = (size.width, size.height);
+        let json = json!({
+            "kind": "grid", "file": name, "width": width, "height": height, "record": grid,
+        });
+        return Ok(Found { text, json });
+    }
     let record = texts.record.as_deref().map(Settings::from_json).transpose()?;
     let infotext = texts.parameters.as_deref().map(Infotext::parse);
-    let (name, size) = (path.display().to_string(), texts.size);
     let mut text = format!("{name}: {size}\n");
     match (&record, &infotext) {
         (Some(record), _) => record_lines(record, &mut text),
@@ -229,7 +239,7 @@ fn reorders(c: char) -> bool {
     of_direction || of_line || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-fn record_lines(record: &Settings, text: &mut String) {
+pub(super) fn record_lines(record: &Settings, text: &mut String) {
     let Settings { model, .. } = record;
     line(text, "made by", format!("tiny-sd {}, pipeline {}", record.version, record.pipeline));
     line(text, "prompt", &record.prompt);

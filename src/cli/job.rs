@@ -19,6 +19,7 @@ use super::config::{self, Scope};
 use super::device::DevicePlan;
 use super::explain::{self, ExplainJob};
 use super::from;
+use super::grid::{self, GridJob};
 use super::info::{self, InfoJob};
 use super::inputs::{ImageRequest, Inputs};
 use super::model::{HubName, ModelSource};
@@ -110,6 +111,8 @@ pub struct Job {
 pub enum Request {
     /// Make pictures.
     Paint(Box<Job>),
+    /// Make a sheet of pictures.
+    Grid(Box<GridJob>),
     /// Find the first op that differs between two devices.
     Compare(Box<CompareJob>),
     /// Say what a picture would be made of.
@@ -170,6 +173,9 @@ pub fn parse(
         return parse(["tiny-sd", "--help"].map(OsString::from), surroundings);
     }
     let notes = from::fill_in(&mut args, &matches, surroundings)?;
+    if !args.grid.is_empty() {
+        return grid::request(args, &notes, surroundings);
+    }
     Ok(Request::Paint(Box::new(Job { notes, ..job(args, surroundings)? })))
 }
 

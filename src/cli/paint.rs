@@ -13,8 +13,9 @@ use super::settings::Settings;
 use super::texts::Texts;
 use crate::error::Result;
 use crate::image::{FileFormat, ImageSize, Parameters, Picture};
-use crate::pipeline::{PictureRequest, TextOptions};
+use crate::pipeline::{self, PictureRequest, TextOptions};
 use crate::progress::Progress;
+use crate::schedule::{Plan, Scheduler, SchedulerConfig};
 
 /// Pixels that go through the UNet together unless the user says how many pictures. Beyond one
 /// 512×512 more are slower on the CPU, and take more memory; below, the weights pass once for all.
@@ -42,7 +43,49 @@ pub(super) struct Finished {
     pub settings: Settings,
 }
 
+/// A picture, and how it was made.
+pub(super) struct Painted {
+    /// Its pixels.
+    pub picture: Picture,
+    /// What other programs read.
+    pub parameters: Parameters,
+    /// What tiny-sd records.
+    pub settings: Settings,
+}
+
 impl Job {
+    /// Its height and width where they depend on no model.
+    pub(super) fn own_size(&self) -> Option<ImageSize> {
+        let nothing = ImageSize { height: 0, width: 0 };
+        let ImageSize { height, width } = self.picture_size(nothing);
+        (height > 0 && width > 0).then_some(ImageSize { height, width })
+    }
+
+    /// Its scheduler, on a model with this configuration.
+    ///
+    /// # Errors
+    /// If it does not go with the model.
+    pub(super) fn schedule(&self, config: &SchedulerConfig) -> Result<Scheduler> {
+        match self.scheduler {
+            Some(choice) => config.for_scheduler(choice),
+            None => config.scheduler(),
+        }
+    }
+
+    /// The steps of its pictures.
+    ///
+    /// # Errors
+    /// If the scheduler cannot make so many.
+    pub(super) fn plan(&self, scheduler: &Scheduler) -> Result<Plan> {
+        let steps = self.steps.get();
+        match &self.image {
+            Some(ImageRequest { strength, mask, .. }) => {
+                pipeline::plan_of_image(scheduler, steps, *strength, mask.is_some())
+            }
+            None => scheduler.plan(steps),
+        }
+    }
+
     /// Height and width of its pictures, on a model that was trained for `default`.
     pub(super) fn picture_size(&self, default: ImageSize) -> ImageSize {
         self.size.or(self.image.as_ref().map_or(default, ImageRequest::size))
@@ -62,7 +105,7 @@ impl Job {
     }
 }
 
-/// Paints pictures that go together, and says in each how it was made.
+/// Paints pictures that go together, and says in the file of each how it was made.
 ///
 /// # Errors
 /// If one cannot be made, or the user interrupts.
@@ -71,6 +114,24 @@ pub(super) fn paint(
     painter: &mut dyn Painter,
     teller: &Teller<'_>,
 ) -> Result<Vec<Finished>> {
+    let painted = paint_pictures(orders, painter, teller)?;
+    let finish = |(Order { format, .. }, painted): (&Order<'_>, Painted)| {
+        let Painted { picture, parameters, settings } = painted;
+        let file = picture.to_file(*format, &parameters, &settings.to_json())?;
+        Ok(Finished { size: picture.size(), file, settings })
+    };
+    orders.iter().zip(painted).map(finish).collect()
+}
+
+/// Paints pictures that go together.
+///
+/// # Errors
+/// If one cannot be made, or the user interrupts.
+pub(super) fn paint_pictures(
+    orders: &[Order<'_>],
+    painter: &mut dyn Painter,
+    teller: &Teller<'_>,
+) -> Result<Vec<Painted>> {
     let default = painter.default_size();
     // What goes together has the same size and images.
     let size = orders.first().map_or(default, |first| first.job.picture_size(default));
@@ -90,8 +151,8 @@ pub(super) fn paint(
     // Whoever interrupts does not want the pictures that were nearly done.
     teller.check()?;
     let provenance = painter.provenance()?;
-    let finish = |((order, request), picture): ((&Order<'_>, &PictureRequest<'_>), &Picture)| {
-        let Order { job, seed, format, .. } = *order;
+    let finish = |((order, request), picture): ((&Order<'_>, &PictureRequest<'_>), Picture)| {
+        let Order { job, seed, .. } = *order;
         let scheduler = job.scheduler.unwrap_or(painter.scheduler());
         let parameters = Parameters {
             prompt: request.prompt.to_owned(),
@@ -107,10 +168,9 @@ pub(super) fn paint(
             denoising_strength: job.image.as_ref().map(|image| image.strength),
         };
         let settings = Settings::new(job, seed, picture.size(), provenance.clone());
-        let file = picture.to_file(format, &parameters, &settings.to_json())?;
-        Ok(Finished { size: picture.size(), file, settings })
+        Painted { picture, parameters, settings }
     };
-    orders.iter().zip(&requests).zip(&painted).map(finish).collect()
+    Ok(orders.iter().zip(&requests).zip(painted).map(finish).collect())
 }
 
 /// One of the job's pictures, with the prompts of its seed, of `size`, and what it begins with.

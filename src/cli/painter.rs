@@ -26,10 +26,23 @@ use crate::weights::{LoneVae, Model, Variant};
 /// # Errors
 /// If the model cannot be had or is not covered, or the device is not there.
 pub fn open(job: &Job, progress: &dyn Progress) -> Result<Box<dyn Painter>> {
+    open_if(job, &|_| Ok(()), progress)
+}
+
+/// Loads the job's model, of which there are only files when it is checked, onto its devices.
+///
+/// # Errors
+/// As [`open`], or what `check` says.
+pub(super) fn open_if(
+    job: &Job,
+    check: &dyn Fn(&Model) -> Result<()>,
+    progress: &dyn Progress,
+) -> Result<Box<dyn Painter>> {
     // First: they are here, and the model may have to be downloaded.
     let additions = AdditionRecords::of(&job.additions)?;
     let (model, variant) = model(&Wanted::of(job), progress)?;
     check_mode(pipeline::inpaints(&model)?, job)?;
+    check(&model)?;
     let plan = job.device.resolve()?;
     let identify = || {
         let identity = Pending::begin(model.clone(), variant.clone(), job.image.is_some())?;

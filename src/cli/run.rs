@@ -67,11 +67,19 @@ pub type OpenPainter<'a> = dyn FnMut(&Job, &dyn Progress) -> Result<Box<dyn Pain
 /// If an output cannot be written (found out before loading), the model cannot be loaded, or a
 /// picture cannot be made. Pictures written before stay.
 pub fn run(job: &Job, open: &mut OpenPainter<'_>) -> Result<()> {
+    run_in(job, |stream| run_told(job, open, stream))
+}
+
+/// Makes what `make` makes, of a job's kind, so that its end is told.
+///
+/// # Errors
+/// If it cannot be made.
+pub(super) fn run_in(job: &Job, make: impl FnOnce(&Stream) -> Result<()>) -> Result<()> {
     cpu::check_kernel_path()?;
     interrupt::install(job.verbosity == Verbosity::Quiet)?;
     let told = if job.json { Told::Everything } else { Told::Nothing };
     let stream = Stream::stdout(told);
-    let outcome = run_told(job, open, &stream);
+    let outcome = make(&stream);
     if let Err(error) = &outcome {
         stream.tell_error(None, error);
     }
@@ -81,7 +89,7 @@ pub fn run(job: &Job, open: &mut OpenPainter<'_>) -> Result<()> {
 fn run_told(job: &Job, open: &mut OpenPainter<'_>, stream: &Stream) -> Result<()> {
     check_outputs(job)?;
     let display = Display::new(job.verbosity);
-    describe(job, &display);
+    display.detail(described(job));
     let device = job.device.resolve()?.to_string();
     let teller = Teller { stream, device: &device, pictures: &[], progress: &display };
     job.notes.iter().for_each(|note| teller.report(Event::Warning(note)));
@@ -122,7 +130,11 @@ fn pictures(job: &Job) -> impl Iterator<Item = (usize, u64)> {
     (1..=job.count.get()).zip(job.seed..=u64::MAX)
 }
 
-fn check_outputs(job: &Job) -> Result<()> {
+/// Finds out whether a job's pictures can be written, before an hour is spent on them.
+///
+/// # Errors
+/// If not.
+pub(super) fn check_outputs(job: &Job) -> Result<()> {
     let mut checked = HashSet::new();
     for (index, seed) in pictures(job) {
         let target = job.output.target(seed, index);
@@ -137,10 +149,11 @@ fn check_outputs(job: &Job) -> Result<()> {
     Ok(())
 }
 
-fn describe(job: &Job, display: &Display) {
+/// A job in short, for `-v`.
+pub(super) fn described(job: &Job) -> String {
     let own = || "the model's".to_owned();
     let scheduler = job.scheduler.map_or_else(own, |choice| choice.to_string());
-    display.detail(format!(
+    format!(
         "model {}, device {}, dtype {}, scheduler {scheduler}, {} steps, guidance scale {}, \
          seed {}",
         job.model,
@@ -149,7 +162,7 @@ fn describe(job: &Job, display: &Display) {
         job.steps.get(),
         job.guidance_scale.get(),
         job.seed,
-    ));
+    )
 }
 
 fn paint_together(
@@ -353,6 +366,7 @@ mod tests {
                 Request::Paint(job) => run(&job, &mut open),
                 Request::Compare(_)
                 | Request::Explain(_)
+                | Request::Grid(_)
                 | Request::Tell(_)
                 | Request::Models(_)
                 | Request::Schedulers(_)

@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::additions::AdditionRecords;
+use super::grid::GridRecord;
 use super::inputs::InputFile;
 use super::job::Job;
 use super::model::ModelSource;
@@ -273,8 +274,10 @@ impl Settings {
                 text.len()
             )));
         }
-        serde_json::from_str(text)
-            .map_err(|error| Error::other(format!("its record cannot be read: {error}")))
+        serde_json::from_str(text).map_err(|error| match GridRecord::read(text) {
+            Some(grid) => grid.refusal(),
+            None => Error::other(format!("its record cannot be read: {error}")),
+        })
     }
 }
 

@@ -10,6 +10,7 @@ use image::codecs::webp::WebPEncoder;
 use image::{ExtendedColorType, ImageEncoder};
 
 use super::container::with_exif;
+use super::read::MAX_SIDE;
 use super::{ImageSize, Parameters, Picture, exif};
 use crate::error::{Error, Result};
 
@@ -54,6 +55,15 @@ impl FileFormat {
                 Ok(FileFormat::WebP)
             }
             _ => Err(Error::other("it is no PNG, JPEG or WebP")),
+        }
+    }
+
+    /// Longest side, in pixels: what it holds, or what is read back.
+    pub fn longest_side(self) -> usize {
+        match self {
+            FileFormat::Png => MAX_SIDE,
+            FileFormat::Jpeg => 65_535,
+            FileFormat::WebP => 16_384,
         }
     }
 
@@ -114,7 +124,7 @@ impl Picture {
     fn to_jpeg(&self) -> Result<Vec<u8>> {
         // Of a few KiB for each thousand pixels.
         let mut file = Vec::new();
-        let [width, height] = sides(self.size(), FileFormat::Jpeg, 65_535)?;
+        let [width, height] = sides(self.size(), FileFormat::Jpeg)?;
         JpegEncoder::new_with_quality(io::Cursor::new(&mut file), JPEG_QUALITY)
             .encode(self.rgb(), width, height, ExtendedColorType::Rgb8)
             .map_err(|error| Error::other(format!("JPEG: {error}")))?;
@@ -123,7 +133,7 @@ impl Picture {
 
     fn to_webp(&self, exif: Option<Vec<u8>>) -> Result<Vec<u8>> {
         let mut file = Vec::new();
-        let [width, height] = sides(self.size(), FileFormat::WebP, 16_384)?;
+        let [width, height] = sides(self.size(), FileFormat::WebP)?;
         let mut encoder = WebPEncoder::new_lossless(&mut file);
         let failed = |error: &dyn std::fmt::Display| Error::other(format!("WebP: {error}"));
         if let Some(exif) = exif {
@@ -137,9 +147,10 @@ impl Picture {
 }
 
 /// Width and height, where they are no longer than what the format holds.
-fn sides(size: ImageSize, format: FileFormat, longest: u32) -> Result<[u32; 2]> {
+fn sides(size: ImageSize, format: FileFormat) -> Result<[u32; 2]> {
+    let longest = format.longest_side();
     let side = |side: usize| {
-        u32::try_from(side).ok().filter(|side| *side <= longest).ok_or_else(|| {
+        u32::try_from(side).ok().filter(|_| side <= longest).ok_or_else(|| {
             let format = format.name();
             Error::other(format!("{size} fits no {format}, whose sides end at {longest} pixels"))
         })

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 /// Largest file that is read, in bytes: 4096×4096 pixels that do not compress, and more.
 pub const MAX_PICTURE_BYTES: usize = 256 << 20;
 /// Most pixels that are read: 8192×8192.
-const MAX_PIXELS: usize = 1 << 26;
+pub const MAX_PICTURE_PIXELS: usize = 1 << 26;
 /// Largest side of a picture that is read.
 pub(super) const MAX_SIDE: usize = 1 << 16;
 
@@ -112,10 +112,10 @@ impl Picture {
 
 fn decode(texts: &PictureTexts, file: &[u8]) -> Result<Pixels> {
     let ImageSize { height, width } = texts.size;
-    if height.checked_mul(width).is_none_or(|pixels| pixels > MAX_PIXELS) {
+    if height.checked_mul(width).is_none_or(|pixels| pixels > MAX_PICTURE_PIXELS) {
         let size = texts.size;
         return Err(Error::other(format!(
-            "it has {size} pixels; up to {MAX_PIXELS} (8192x8192) are read"
+            "it has {size} pixels; up to {MAX_PICTURE_PIXELS} (8192x8192) are read"
         )));
     }
     let broken = |text: String| {
@@ -144,7 +144,8 @@ fn with_image(decoder: impl ImageDecoder) -> std::result::Result<Pixels, ImageEr
     let (width, height) = decoder.dimensions();
     let color = decoder.color_type();
     let size = ImageSize { height: height as usize, width: width as usize };
-    let is_too_large = size.height.checked_mul(size.width).is_none_or(|all| all > MAX_PIXELS);
+    let is_too_large =
+        size.height.checked_mul(size.width).is_none_or(|all| all > MAX_PICTURE_PIXELS);
     if is_too_large {
         let kind = image::error::LimitErrorKind::DimensionError;
         return Err(ImageError::Limits(image::error::LimitError::from_kind(kind)));

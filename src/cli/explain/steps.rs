@@ -7,7 +7,6 @@ use super::{Here, Said};
 use crate::cli::inputs::ImageRequest;
 use crate::cli::job::Job;
 use crate::error::Result;
-use crate::pipeline;
 use crate::schedule::{Blend, Plan, Scheduler, SchedulerConfig};
 
 pub(super) fn say(job: &Job, here: Option<&Here>, said: &mut Said) -> Result<()> {
@@ -15,10 +14,7 @@ pub(super) fn say(job: &Job, here: Option<&Here>, said: &mut Said) -> Result<()>
     match here {
         Some(here) => {
             let config = SchedulerConfig::parse(&here.model.scheduler_config()?)?;
-            let scheduler = match job.scheduler {
-                Some(choice) => config.for_scheduler(choice)?,
-                None => config.scheduler()?,
-            };
+            let scheduler = job.schedule(&config)?;
             let whose = if job.scheduler.is_none() { ", the model's own" } else { "" };
             said.line("scheduler", format!("{}{whose}", scheduler.choice()));
             said.field("scheduler", scheduler.choice().to_string());
@@ -44,12 +40,7 @@ pub(super) fn say(job: &Job, here: Option<&Here>, said: &mut Said) -> Result<()>
 
 fn plan(job: &Job, scheduler: &Scheduler, said: &mut Said) -> Result<()> {
     let steps = job.steps.get();
-    let plan = match &job.image {
-        Some(ImageRequest { strength, mask, .. }) => {
-            pipeline::plan_of_image(scheduler, steps, *strength, mask.is_some())?
-        }
-        None => scheduler.plan(steps)?,
-    };
+    let plan = job.plan(scheduler)?;
     let timesteps: Vec<f64> = plan.steps.iter().map(|step| step.timestep).collect();
     let sigmas = sigmas(&plan);
     match &job.image {
