@@ -62,6 +62,10 @@ fn the_timesteps_are_those_of_diffusers() {
         assert_eq!(numbers(&found["timesteps"]), numbers(&case["timesteps"]), "{name}");
         assert_eq!(found["unet_evaluations"], case["evaluations"], "{name}");
         assert_eq!(found["sigmas"].as_array().unwrap().last(), Some(&json!(0.0)), "{name}");
+        let flops = |part: &str| found["flops"][part].as_f64().unwrap();
+        let evaluations = case["evaluations"].as_f64().unwrap();
+        let sum = flops("text") + evaluations * flops("evaluation") + flops("decoding");
+        assert_eq!(flops("picture"), sum, "{name}");
         if name == "euler" {
             let first = found["sigmas"][0].as_f64().unwrap();
             let golden = case["init_noise_sigma"].as_f64().unwrap();

@@ -4,6 +4,7 @@
 mod files;
 mod prompts;
 mod steps;
+mod work;
 
 use std::ffi::OsString;
 
@@ -119,8 +120,11 @@ pub fn explain(explain: &ExplainJob) -> Result<()> {
     }
     prompts::say(job, here, &mut said)?;
     said.seed(job.seed, *has_seed);
-    steps::say(job, here, &mut said)?;
+    let evaluations = steps::say(job, here, &mut said)?;
     said.size(job, here)?;
+    if let (Some(here), Some(evaluations)) = (here, evaluations) {
+        work::say(job, here, evaluations, &mut said)?;
+    }
     files::say(job, here, &mut said)?;
     said.device(job)?;
     match is_json {

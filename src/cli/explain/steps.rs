@@ -9,16 +9,17 @@ use crate::cli::job::Job;
 use crate::error::Result;
 use crate::schedule::{Blend, Plan, Scheduler, SchedulerConfig};
 
-pub(super) fn say(job: &Job, here: Option<&Here>, said: &mut Said) -> Result<()> {
+/// The number of evaluations of a picture, where the model is here.
+pub(super) fn say(job: &Job, here: Option<&Here>, said: &mut Said) -> Result<Option<usize>> {
     let (steps, scale) = (job.steps.get(), job.guidance_scale.get());
-    match here {
+    let evaluations = match here {
         Some(here) => {
             let config = SchedulerConfig::parse(&here.model.scheduler_config()?)?;
             let scheduler = job.schedule(&config)?;
             let whose = if job.scheduler.is_none() { ", the model's own" } else { "" };
             said.line("scheduler", format!("{}{whose}", scheduler.choice()));
             said.field("scheduler", scheduler.choice().to_string());
-            plan(job, &scheduler, said)?;
+            Some(plan(job, &scheduler, said)?)
         }
         None => {
             let chosen = job.scheduler.map(|choice| choice.to_string());
@@ -28,17 +29,18 @@ pub(super) fn say(job: &Job, here: Option<&Here>, said: &mut Said) -> Result<()>
             said.line("steps", steps);
             said.field("timesteps", Value::Null);
             said.field("sigmas", Value::Null);
+            None
         }
-    }
+    };
     let is_guided = job.guidance_scale.needs_unconditional();
     let shown = if is_guided { "" } else { ": no pass without the prompt" };
     said.line("guidance scale", format!("{scale}{shown}"));
     said.field("steps", steps);
     said.field("guidance_scale", scale);
-    Ok(())
+    Ok(evaluations)
 }
 
-fn plan(job: &Job, scheduler: &Scheduler, said: &mut Said) -> Result<()> {
+fn plan(job: &Job, scheduler: &Scheduler, said: &mut Said) -> Result<usize> {
     let steps = job.steps.get();
     let plan = job.plan(scheduler)?;
     let timesteps: Vec<f64> = plan.steps.iter().map(|step| step.timestep).collect();
@@ -70,7 +72,7 @@ fn plan(job: &Job, scheduler: &Scheduler, said: &mut Said) -> Result<()> {
     said.field("unet_evaluations", evaluations);
     said.field("passes_an_evaluation", passes);
     said.field("pictures", count);
-    Ok(())
+    Ok(evaluations)
 }
 
 /// The levels of noise before each evaluation and at the end, as far as the plan has them.
