@@ -158,3 +158,36 @@ fn a_batch_writes_the_formats_that_its_names_say() {
     let (stdout, _) = ends_with(0, &run(folder.path(), &words));
     assert_eq!(stdout.matches("\"skipped\":true").count(), 2, "{stdout}");
 }
+
+#[test]
+fn a_preview_in_a_terminal_takes_the_place_of_the_last_one_and_goes_at_the_end() {
+    let folder = TempDir::new().unwrap();
+    let check = |words: &[&str], start: &str, end: &str| {
+        let all = ["a", "--steps", "4", "-o", "x.png", "--preview", "1", "--preview-in"];
+        let (_, stderr) = ends_with(0, &run(folder.path(), &[&all[..], words].concat()));
+        let room = "\n".repeat(16);
+        let drawn: Vec<_> = stderr.split(&room).collect();
+        // After each step but the last, whose picture is the picture.
+        assert_eq!(drawn.len(), 4, "{stderr:?}");
+        for (at, part) in drawn.iter().enumerate().skip(1) {
+            assert!(part.starts_with(&format!("\x1b[16A\x1b7{start}")), "{part:?}");
+            let again = part.ends_with("\x1b[16B\r\x1b[16A\x1b[J");
+            assert_eq!(again, at < 3, "{part:?}");
+        }
+        let gone = format!("\x1b[16B\r\x1b[16A\r\x1b[J{end}x.png: seed");
+        assert!(drawn[3].contains(&gone), "{:?}", drawn[3]);
+        let names: Vec<_> = fs::read_dir(folder.path()).unwrap().collect();
+        assert!(!folder.path().join("x-preview.png").exists(), "{names:?}");
+    };
+    check(&["sixel"], "\x1bP0;1;0q", "");
+    check(&["iterm2"], "\x1b]1337;File=inline=1;", "");
+    check(&["kitty"], "\x1b_Ga=T,f=100,i=1,p=1,q=2,C=1,r=16", "\x1b_Ga=d,d=I,i=1,q=2\x1b\\");
+    let (_, stderr) = ends_with(
+        0,
+        &run(
+            folder.path(),
+            &["a", "--steps", "2", "--preview", "1", "--preview-in", "kitty", "-q"],
+        ),
+    );
+    assert_eq!(stderr, "");
+}

@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 use clap::{ArgAction, Parser};
 
 use super::device::DevicePlan;
+use super::graphics::PreviewPlace;
 use super::grid::Axis;
 use super::model::{HubName, ModelSource};
 use super::values::{
@@ -56,6 +57,14 @@ pub(super) struct Args {
     /// pictures, each as it would be alone; the sheet's record has the settings of all.
     #[arg(long, value_name = "NAME=V,V,…", num_args = 1..=2, action = ArgAction::Append)]
     pub grid: Vec<Axis>,
+
+    /// Where --preview is seen: auto, file, or drawn as kitty, iterm2 or sixel terminals take it
+    ///
+    /// auto draws where standard error is a terminal that is known to take pictures (kitty,
+    /// Ghostty, iTerm2, WezTerm, mintty, foot, mlterm; not within tmux or screen) and else writes
+    /// a file.
+    #[arg(long, value_name = "PLACE", default_value = "auto", requires = "preview")]
+    pub preview_in: PreviewPlace,
 
     #[command(flatten)]
     pub picture: PictureArgs,
@@ -273,7 +282,7 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "N", default_value = "auto", allow_negative_numbers = true)]
     pub batch_size: BatchSize,
 
-    /// Write an approximate picture after every N steps, OUTPUT-preview.png, gone at the end
+    /// Show an approximate picture after every N steps: OUTPUT-preview.png, gone at the end
     #[arg(long, value_name = "N")]
     pub preview: Option<NonZeroUsize>,
 
@@ -363,6 +372,7 @@ Examples:
   tiny-sd \"a fox\" --grid steps=10,20 guidance=5,7 -o sheet.png
   tiny-sd \"a red fox\" --grid prompt-sr=red,blue seed=1-4
   tiny-sd \"a fox\" -o fox.png --preview 5          fox-preview.png while it is being made
+  tiny-sd \"a fox\" --preview 1 --preview-in sixel  drawn in the terminal
   tiny-sd \"a fox\" -q                             --quiet; -v, --verbose says more
   tiny-sd \"a cat\" --from fox.png                 the settings of fox.png, another prompt
   tiny-sd explain \"a fox\" --steps 30             what that would do, without doing it

@@ -84,6 +84,7 @@ pub(super) fn command() -> clap::Command {
         .mut_arg("count", |flag| flag.hide(true))
         .mut_arg("grid", |flag| flag.hide(true))
         .mut_arg("preview", |flag| flag.hide(true))
+        .mut_arg("preview_in", |flag| flag.hide(true))
         .mut_arg("json", |flag| flag.hide(true))
 }
 

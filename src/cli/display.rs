@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,9 +11,11 @@ use indicatif::{
     HumanDuration, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle,
 };
 
+use super::graphics::{Graphics, ROWS};
 use super::interrupt;
 use super::values::Verbosity;
 use crate::error::Result;
+use crate::image::Picture;
 use crate::progress::{Event, Progress};
 
 /// Redraws a second; more only cost time on a slow terminal.
@@ -32,6 +35,10 @@ const OVERALL_PARTS: u64 = 1000;
 pub(super) struct Display {
     verbosity: Verbosity,
     bars: MultiProgress,
+    /// How previews are drawn, if they are.
+    graphics: Option<Graphics>,
+    /// Whether a preview stands right above the bars.
+    has_preview: Arc<AtomicBool>,
     state: Mutex<State>,
     /// Warnings so far; the next picture of the same prompt need not repeat them.
     warned: Arc<Mutex<Vec<String>>>,
@@ -73,13 +80,33 @@ impl Display {
             false => ProgressDrawTarget::hidden(),
         };
         let bars = MultiProgress::with_draw_target(target);
-        Self { verbosity, bars, state: Mutex::default(), warned: Arc::default() }
+        Self {
+            verbosity,
+            bars,
+            graphics: None,
+            has_preview: Arc::default(),
+            state: Mutex::default(),
+            warned: Arc::default(),
+        }
+    }
+
+    /// The same, with previews drawn above the bars.
+    #[must_use]
+    pub fn drawing(mut self, graphics: Option<Graphics>) -> Self {
+        self.graphics = graphics.filter(|_| self.verbosity > Verbosity::Quiet);
+        self
     }
 
     /// For another device, on the same screen.
     pub fn beside(&self) -> Self {
-        let (bars, warned) = (self.bars.clone(), self.warned.clone());
-        Self { verbosity: self.verbosity, bars, state: Mutex::default(), warned }
+        Self {
+            verbosity: self.verbosity,
+            bars: self.bars.clone(),
+            graphics: self.graphics,
+            has_preview: self.has_preview.clone(),
+            state: Mutex::default(),
+            warned: self.warned.clone(),
+        }
     }
 
     /// How far a whole batch is, from 0 to 1, and what is beside its bar.
@@ -125,9 +152,39 @@ impl Display {
 
     fn line_at(&self, verbosity: Verbosity, text: &dyn fmt::Display) {
         if self.verbosity >= verbosity {
+            self.erase();
             // Not eprintln: a closed standard error is no reason to panic.
             self.bars.suspend(|| {
                 let _ = writeln!(std::io::stderr(), "{text}");
+            });
+        }
+    }
+
+    /// Draws a preview in the place of the last one.
+    fn draw(&self, graphics: Graphics, picture: &Picture) {
+        let image = match graphics.draw(picture) {
+            Ok(image) => image,
+            Err(error) => return self.warn(format!("warning: no preview: {error}")),
+        };
+        let back = match self.has_preview.swap(true, Ordering::Relaxed) {
+            true => format!("\x1b[{ROWS}A\x1b[J"),
+            false => String::new(),
+        };
+        // Room first: were the screen to scroll under it, the cursor's place would be another.
+        let room = "\n".repeat(ROWS);
+        let text = format!("{back}{room}\x1b[{ROWS}A\x1b7{image}\x1b8\x1b[{ROWS}B\r");
+        self.bars.suspend(|| {
+            let _ = std::io::stderr().write_all(text.as_bytes());
+        });
+    }
+
+    /// Takes the preview away, if there is one.
+    fn erase(&self) {
+        let Some(graphics) = self.graphics else { return };
+        if self.has_preview.swap(false, Ordering::Relaxed) {
+            let text = format!("\x1b[{ROWS}A\r\x1b[J{}", graphics.forget());
+            self.bars.suspend(|| {
+                let _ = std::io::stderr().write_all(text.as_bytes());
             });
         }
     }
@@ -230,11 +287,16 @@ impl Progress for Display {
                 self.warn(format!("warning: {}", truncation(which, text)));
             }
             Event::Step { done, total } => self.step(done, total),
-            // A file, which is not drawn here.
-            Event::Preview { .. } => {}
+            // One of those that are made together is enough for a screen.
+            Event::Preview { index, picture, .. } => {
+                if let (Some(graphics), 0) = (self.graphics, index) {
+                    self.draw(graphics, picture);
+                }
+            }
             Event::Encoding => self.busy("encoding"),
             Event::Decoding => self.busy("decoding"),
             Event::Done => {
+                self.erase();
                 let mut state = self.state();
                 clear(&mut state);
                 self.stage(&mut state, None);
@@ -250,6 +312,7 @@ impl Progress for Display {
 /// An error's line must not end up in the middle of a bar.
 impl Drop for Display {
     fn drop(&mut self) {
+        self.erase();
         let mut state = self.state();
         clear(&mut state);
         if let Some(bar) = state.overall.take() {

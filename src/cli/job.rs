@@ -19,6 +19,7 @@ use super::config::{self, Scope};
 use super::device::DevicePlan;
 use super::explain::{self, ExplainJob};
 use super::from;
+use super::graphics::PreviewPlace;
 use super::grid::{self, GridJob};
 use super::info::{self, InfoJob};
 use super::inputs::{ImageRequest, Inputs};
@@ -96,6 +97,8 @@ pub struct Job {
     pub output: OutputPlan,
     /// After every so many steps there is a preview, if at all.
     pub preview: Option<NonZeroUsize>,
+    /// Where it is to be seen.
+    pub preview_in: PreviewPlace,
     /// How much is said on the way.
     pub verbosity: Verbosity,
     /// Whether the device says at the end what it did.
@@ -196,7 +199,9 @@ pub(super) fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result
         }
     };
     let output = OutputPlan::new(picture.output.as_deref(), picture.count, surroundings)?;
-    if let (Some(_), OutputPlan::Stdout) = (run.preview, &output) {
+    let variable = |name: &str| surroundings.variable(name);
+    let preview_in = args.preview_in.decided(surroundings.stderr_is_terminal(), &variable);
+    if let (Some(_), OutputPlan::Stdout, None) = (run.preview, &output, preview_in.graphics()) {
         return Err(Error::usage("--preview writes files beside the picture: give --output FILE"));
     }
     if run.json && output == OutputPlan::Stdout {
@@ -208,7 +213,7 @@ pub(super) fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result
     let image = Inputs::new(surroundings).request(&picture)?;
     let choice = Choice { seed, output, device, image };
     let (folder, chosen) = (picture.wildcards.clone(), picture.chosen);
-    let mut job = Job::new(picture, &model, &run, choice)?;
+    let mut job = Job { preview_in, ..Job::new(picture, &model, &run, choice)? };
     // Last, so that nothing is waited for before an error that was there all along.
     job.prompt = match prompt {
         Some(prompt) => prompt,
@@ -288,6 +293,7 @@ impl Job {
             batch_size: run.batch_size,
             output,
             preview: run.preview,
+            preview_in: PreviewPlace::File,
             verbosity: run.verbosity(),
             stats: run.stats,
             notes: Vec::new(),

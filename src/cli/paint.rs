@@ -7,7 +7,7 @@ use super::events::Teller;
 use super::inputs::{ImageRequest, LoadedImages};
 use super::job::Job;
 use super::output::Target;
-use super::previews::Previews;
+use super::previews::{Previews, beside};
 use super::run::Painter;
 use super::settings::Settings;
 use super::texts::Texts;
@@ -83,6 +83,14 @@ impl Job {
                 pipeline::plan_of_image(scheduler, steps, *strength, mask.is_some())
             }
             None => scheduler.plan(steps),
+        }
+    }
+
+    /// Where the files of its previews go, of a picture that goes to `target`.
+    pub(super) fn preview_target(&self, target: &Target) -> Option<Target> {
+        match self.preview_in.graphics() {
+            None => beside(target),
+            Some(_) => None,
         }
     }
 

@@ -12,7 +12,6 @@ use super::interrupt;
 use super::job::Job;
 use super::output::Target;
 use super::paint::{AUTO_PIXELS, Finished, Order, paint};
-use super::previews::beside;
 use super::settings::Provenance;
 use super::values::Verbosity;
 use crate::backend::cpu;
@@ -88,7 +87,7 @@ pub(super) fn run_in(job: &Job, make: impl FnOnce(&Stream) -> Result<()>) -> Res
 
 fn run_told(job: &Job, open: &mut OpenPainter<'_>, stream: &Stream) -> Result<()> {
     check_outputs(job)?;
-    let display = Display::new(job.verbosity);
+    let display = Display::new(job.verbosity).drawing(job.preview_in.graphics());
     display.detail(described(job));
     let device = job.device.resolve()?.to_string();
     let teller = Teller { stream, device: &device, pictures: &[], progress: &display };
@@ -175,9 +174,11 @@ fn paint_together(
     let start = Instant::now();
     let targets: Vec<_> =
         pictures.iter().map(|&(index, seed)| job.output.target(seed, index)).collect();
-    let order = |(&(_, seed), target): (&(usize, u64), &Target)| {
-        let (format, preview) = (target.format(), beside(target));
-        Order { job, seed, format, preview }
+    let order = |(&(_, seed), target): (&(usize, u64), &Target)| Order {
+        job,
+        seed,
+        format: target.format(),
+        preview: job.preview_target(target),
     };
     let orders: Vec<_> = pictures.iter().zip(&targets).map(order).collect();
     let name = |&(index, seed)| PictureName { line: None, index, seed, output: None };

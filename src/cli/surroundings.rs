@@ -16,6 +16,8 @@ pub trait Surroundings {
     fn stdin_is_terminal(&self) -> bool;
     /// Bytes written to standard output would land on a screen.
     fn stdout_is_terminal(&self) -> bool;
+    /// What is said on the way would land on a screen.
+    fn stderr_is_terminal(&self) -> bool;
     /// Standard input to its end, or one byte more than `limit`.
     ///
     /// # Errors
@@ -60,6 +62,10 @@ impl Surroundings for Process {
         std::io::stdout().is_terminal()
     }
 
+    fn stderr_is_terminal(&self) -> bool {
+        std::io::stderr().is_terminal()
+    }
+
     fn read_stdin(&mut self, limit: usize) -> std::io::Result<Vec<u8>> {
         read_up_to(std::io::stdin().lock(), limit)
     }
@@ -100,6 +106,7 @@ pub(super) mod tests {
     pub struct Fake {
         pub stdin: Option<Vec<u8>>,
         pub stdout_is_terminal: bool,
+        pub stderr_is_terminal: bool,
         pub there: Vec<(&'static str, At)>,
         pub files: Vec<(&'static str, Vec<u8>)>,
         pub variables: Vec<(&'static str, &'static str)>,
@@ -112,6 +119,10 @@ pub(super) mod tests {
 
         fn stdout_is_terminal(&self) -> bool {
             self.stdout_is_terminal
+        }
+
+        fn stderr_is_terminal(&self) -> bool {
+            self.stderr_is_terminal
         }
 
         fn read_stdin(&mut self, limit: usize) -> std::io::Result<Vec<u8>> {

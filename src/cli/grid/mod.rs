@@ -18,7 +18,6 @@ use super::job::{self, Job, Request};
 use super::output::Target;
 use super::paint::{AUTO_PIXELS, Order, Painted, paint_pictures};
 use super::painter;
-use super::previews::beside;
 use super::prompt::{given_prompt, prompt_of_stdin};
 use super::run::{Painter, check_outputs, described, run_in};
 use super::surroundings::Surroundings;
@@ -176,7 +175,7 @@ pub fn grid(grid: &GridJob) -> Result<()> {
 
 fn make(grid: &GridJob, first: &Job, stream: &Stream) -> Result<()> {
     check_outputs(first)?;
-    let display = Display::new(first.verbosity);
+    let display = Display::new(first.verbosity).drawing(first.preview_in.graphics());
     display.detail(described(first));
     let device = first.device.resolve()?.to_string();
     let teller = Teller { stream, device: &device, pictures: &[], progress: &display };
@@ -204,7 +203,8 @@ impl GridJob {
 
     fn order<'a>(&self, job: &'a Job) -> Order<'a> {
         let target = self.target(job);
-        Order { job, seed: job.seed, preview: beside(&target), format: target.format() }
+        let preview = job.preview_target(&target);
+        Order { job, seed: job.seed, preview, format: target.format() }
     }
 
     /// The pictures of all cells, in their order: those that can be made together are.

@@ -4,6 +4,7 @@ use super::super::device::DeviceSpec;
 use super::super::prompt::MAX_PROMPT_BYTES;
 pub use super::super::surroundings::tests::Fake;
 use super::*;
+use crate::cli::graphics::Graphics;
 use crate::cli::values::Side;
 use crate::error::Kind;
 use crate::weights::{EmbeddingFile, LoraFile};
@@ -52,6 +53,7 @@ fn a_prompt_alone_is_a_job_with_the_defaults() {
         batch_size: BatchSize::Auto,
         output: OutputPlan::Fresh("tiny-sd-{seed}.png".into()),
         preview: None,
+        preview_in: PreviewPlace::File,
         verbosity: Verbosity::Normal,
         stats: false,
         notes: Vec::new(),
@@ -64,7 +66,12 @@ fn a_prompt_alone_is_a_job_with_the_defaults() {
 fn each_flag_changes_what_it_names_and_nothing_else() {
     type Change = fn(&mut Job);
     let base = job_of("x");
-    let rows: [(&str, Change); 34] = [
+    let rows: [(&str, Change); 36] = [
+        ("x|--preview|5|--preview-in|sixel", |job| {
+            job.preview = NonZeroUsize::new(5);
+            job.preview_in = PreviewPlace::Terminal(Graphics::Sixel);
+        }),
+        ("x|--preview|5|--preview-in|auto", |job| job.preview = NonZeroUsize::new(5)),
         ("x|-n|", |job| job.negative_prompt = String::new()),
         ("--prompt|-- a --flag", |job| job.prompt = "-- a --flag".into()),
         ("--prompt|", |job| job.prompt = String::new()),
@@ -165,6 +172,9 @@ fn what_cannot_be_is_a_usage_error_on_one_line_that_names_it() {
         ("x|--device|cpu|--device|mock", "given 2 times; several devices are for tiny-sd bat"),
         ("x|--preview|0", "--preview"),
         ("x|-o|-|--json", "--json prints events on standard output"),
+        ("x|--preview|5|--preview-in|vt100", "one of auto, file, kitty, iterm2, sixel"),
+        ("x|--preview-in|kitty", "--preview"),
+        ("x|-o|-|--preview|5|--preview-in|file", "--preview writes files beside the picture"),
         ("x|-o|-|--preview|5", "--preview writes files beside the picture"),
         ("x|-m|nope", "there is no such folder"),
         ("x|-m|./m|--revision|v1", "--revision v1 is for repositories of the hub"),
@@ -190,4 +200,22 @@ fn help_and_version_are_shown_and_not_errors() {
         let request = parse_words(words, &mut Fake::default()).unwrap();
         assert!(matches!(request, Request::Show(_)), "{words}");
     }
+}
+
+#[test]
+fn previews_are_drawn_where_a_terminal_takes_pictures() {
+    let check = |words: &str, is_terminal: bool, expected: Option<Graphics>| {
+        let variables = vec![("TERM", "xterm-kitty")];
+        let mut fake = Fake { stderr_is_terminal: is_terminal, variables, ..Fake::default() };
+        match parse_words(words, &mut fake) {
+            Ok(Request::Paint(job)) => assert_eq!(job.preview_in.graphics(), expected, "{words}"),
+            other => panic!("{words:?} gave {other:?}"),
+        }
+    };
+    check("x|--preview|5", true, Some(Graphics::Kitty));
+    // No file is written, so the picture may go into a pipe.
+    check("x|--preview|5|-o|-", true, Some(Graphics::Kitty));
+    check("x|--preview|5", false, None);
+    check("x|--preview|5|--preview-in|file", true, None);
+    check("x|--preview|5|--preview-in|sixel", true, Some(Graphics::Sixel));
 }
