@@ -160,6 +160,10 @@ pub fn parse(
         Some("completions") => return completions::parse_completions(flags),
         Some("config") => return config::parse(flags, surroundings),
         Some("man") => return completions::parse_man(flags),
+        // Alone it needs nothing that may be broken, such as a file of defaults.
+        Some("help") if command_line.len() == 2 => {
+            return parse(["tiny-sd", "--help"].map(OsString::from), surroundings);
+        }
         Some(_) | None => {}
     }
     let command_line = command_line.into_iter();

@@ -82,8 +82,10 @@ fn a_wrong_file_is_one_line_that_names_it_the_line_and_the_nearest_name() {
     let error = parse_words("x", &mut missing).unwrap_err().to_string();
     assert!(error.starts_with("TINY_SD_CONFIG: /no: "), "{error}");
     // What is asked first needs no file.
-    let help = parse_words("x|--help", &mut fake("steps = 0", &[]));
-    assert!(matches!(help, Ok(Request::Show(_))), "{help:?}");
+    for words in ["x|--help", "help"] {
+        let help = parse_words(words, &mut fake("steps = 0", &[]));
+        assert!(matches!(help, Ok(Request::Show(_))), "{words}: {help:?}");
+    }
 }
 
 #[test]
