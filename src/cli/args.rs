@@ -61,8 +61,8 @@ pub(super) struct Args {
     /// Where --preview is seen: auto, file, or drawn as kitty, iterm2 or sixel terminals take it
     ///
     /// auto draws where standard error is a terminal that is known to take pictures (kitty,
-    /// Ghostty, iTerm2, WezTerm, mintty, foot, mlterm; not within tmux or screen) and else writes
-    /// a file.
+    /// Ghostty, iTerm2, WezTerm, mintty, foot, mlterm; not within tmux or screen), without
+    /// --json and --quiet, and else writes a file.
     #[arg(long, value_name = "PLACE", default_value = "auto", requires = "preview")]
     pub preview_in: PreviewPlace,
 

@@ -38,7 +38,7 @@ pub(super) struct Display {
     /// How previews are drawn, if they are.
     graphics: Option<Graphics>,
     /// Whether a preview stands right above the bars.
-    has_preview: Arc<AtomicBool>,
+    has_preview: AtomicBool,
     state: Mutex<State>,
     /// Warnings so far; the next picture of the same prompt need not repeat them.
     warned: Arc<Mutex<Vec<String>>>,
@@ -84,7 +84,7 @@ impl Display {
             verbosity,
             bars,
             graphics: None,
-            has_preview: Arc::default(),
+            has_preview: AtomicBool::new(false),
             state: Mutex::default(),
             warned: Arc::default(),
         }
@@ -93,17 +93,17 @@ impl Display {
     /// The same, with previews drawn above the bars.
     #[must_use]
     pub fn drawing(mut self, graphics: Option<Graphics>) -> Self {
-        self.graphics = graphics.filter(|_| self.verbosity > Verbosity::Quiet);
+        self.graphics = graphics;
         self
     }
 
-    /// For another device, on the same screen.
+    /// For another device, on the same screen, where there is no place for several previews.
     pub fn beside(&self) -> Self {
         Self {
             verbosity: self.verbosity,
             bars: self.bars.clone(),
-            graphics: self.graphics,
-            has_preview: self.has_preview.clone(),
+            graphics: None,
+            has_preview: AtomicBool::new(false),
             state: Mutex::default(),
             warned: self.warned.clone(),
         }

@@ -50,10 +50,10 @@ impl PreviewPlace {
         ("sixel", Self::Terminal(Graphics::Sixel)),
     ];
 
-    /// The place with `Auto` decided: standard error is a terminal or not, in this environment.
+    /// The place with `Auto` decided, by whether it may draw and in which environment.
     #[must_use]
-    pub fn decided(self, is_terminal: bool, variable: &dyn Fn(&str) -> Option<OsString>) -> Self {
-        match (self, is_terminal.then(|| Graphics::of(variable)).flatten()) {
+    pub fn decided(self, may_draw: bool, variable: &dyn Fn(&str) -> Option<OsString>) -> Self {
+        match (self, may_draw.then(|| Graphics::of(variable)).flatten()) {
             (Self::Auto, Some(graphics)) => Self::Terminal(graphics),
             (Self::Auto, None) => Self::File,
             (place @ (Self::File | Self::Terminal(_)), _) => place,

@@ -204,7 +204,12 @@ pub(super) fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result
     };
     let output = OutputPlan::new(picture.output.as_deref(), picture.count, surroundings)?;
     let variable = |name: &str| surroundings.variable(name);
-    let preview_in = args.preview_in.decided(surroundings.stderr_is_terminal(), &variable);
+    // Programs are told of files, and on a quiet terminal nothing is drawn.
+    let may_draw = surroundings.stderr_is_terminal() && !run.json && !run.quiet;
+    let preview_in = args.preview_in.decided(may_draw, &variable);
+    if run.quiet && preview_in.graphics().is_some() {
+        return Err(Error::usage("--preview-in draws, and --quiet keeps standard error empty"));
+    }
     if let (Some(_), OutputPlan::Stdout, None) = (run.preview, &output, preview_in.graphics()) {
         return Err(Error::usage("--preview writes files beside the picture: give --output FILE"));
     }

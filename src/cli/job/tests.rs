@@ -174,6 +174,7 @@ fn what_cannot_be_is_a_usage_error_on_one_line_that_names_it() {
         ("x|-o|-|--json", "--json prints events on standard output"),
         ("x|--preview|5|--preview-in|vt100", "one of auto, file, kitty, iterm2, sixel"),
         ("x|--preview-in|kitty", "--preview"),
+        ("x|--preview|5|--preview-in|kitty|-q", "--quiet keeps standard error empty"),
         ("x|-o|-|--preview|5|--preview-in|file", "--preview writes files beside the picture"),
         ("x|-o|-|--preview|5", "--preview writes files beside the picture"),
         ("x|-m|nope", "there is no such folder"),
@@ -216,6 +217,9 @@ fn previews_are_drawn_where_a_terminal_takes_pictures() {
     // No file is written, so the picture may go into a pipe.
     check("x|--preview|5|-o|-", true, Some(Graphics::Kitty));
     check("x|--preview|5", false, None);
+    // Programs are told of files, and who wants silence sees the file.
+    check("x|--preview|5|--json", true, None);
+    check("x|--preview|5|-q", true, None);
     check("x|--preview|5|--preview-in|file", true, None);
     check("x|--preview|5|--preview-in|sixel", true, Some(Graphics::Sixel));
 }
