@@ -28,7 +28,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::ImageSize;
 use crate::pipeline;
 use crate::progress::{Event, Progress};
-use crate::weights::{Model, Variant};
+use crate::weights::{Checkpoint, Component, Model, Variant};
 
 const ABOUT: &str = "Says what a command would do, without doing it.";
 
@@ -118,14 +118,16 @@ pub fn explain(explain: &ExplainJob) -> Result<()> {
     if let Some(here) = here {
         painter::check_mode(pipeline::inpaints(&here.model)?, job)?;
     }
-    prompts::say(job, here, &mut said)?;
+    let context = prompts::say(job, here, &mut said)?;
     said.seed(job.seed, *has_seed);
     let evaluations = steps::say(job, here, &mut said)?;
     said.size(job, here)?;
-    if let (Some(here), Some(evaluations)) = (here, evaluations) {
-        work::say(job, here, evaluations, &mut said)?;
+    let checkpoints = here.map(Here::checkpoints).transpose()?;
+    if let (Some(here), Some(weights), Some(evaluations)) = (here, &checkpoints, evaluations) {
+        let size = job.picture_size(pipeline::default_size(&here.model)?);
+        work::say(job, weights, size, context, evaluations, &mut said);
     }
-    files::say(job, here, &mut said)?;
+    files::say(job, here.zip(checkpoints.as_ref()), &mut said)?;
     said.device(job)?;
     match is_json {
         true => super::print(&format!("{}\n", Value::Object(said.json))),
@@ -137,6 +139,15 @@ pub fn explain(explain: &ExplainJob) -> Result<()> {
 struct Here {
     model: Model,
     variant: Option<Variant>,
+}
+
+impl Here {
+    /// The weights of all components, in their order: the headers are read.
+    fn checkpoints(&self) -> Result<[Checkpoint; 3]> {
+        let [text, unet, vae] =
+            Component::ALL.map(|component| self.model.checkpoint(component, self.variant.as_ref()));
+        Ok([text?, unet?, vae?])
+    }
 }
 
 /// The job's model, or why it is not here.

@@ -17,7 +17,11 @@ pub(super) fn dtype(job: &Job) -> DType {
     job.dtype.or(DType::F32)
 }
 
-pub(super) fn say(job: &Job, here: Option<&Here>, said: &mut Said) -> Result<()> {
+pub(super) fn say(
+    job: &Job,
+    here: Option<(&Here, &[Checkpoint; 3])>,
+    said: &mut Said,
+) -> Result<()> {
     let embeddings = job.additions.embeddings.iter().map(|file| (&file.path, "embedding", None));
     let loras = job.additions.loras.iter().map(|file| (&file.path, "lora", Some(file.scale)));
     let mut additions = Vec::new();
@@ -28,15 +32,16 @@ pub(super) fn say(job: &Job, here: Option<&Here>, said: &mut Said) -> Result<()>
         additions.push(json!({"kind": kind, "file": path, "scale": scale}));
     }
     said.field("additions", additions);
-    let Some(here) = here else {
+    let Some((here, checkpoints)) = here else {
         said.field("components", Value::Null);
         said.field("weight_bytes", Value::Null);
         return Ok(());
     };
     let plan = job.device.resolve()?;
     let (mut components, mut sum) = (Vec::new(), 0u64);
-    for (component, device) in Component::ALL.into_iter().zip(&plan.stages) {
-        let (json, bytes) = of_component(job, here, component, device, said)?;
+    let components_here = Component::ALL.into_iter().zip(checkpoints);
+    for ((component, checkpoint), device) in components_here.zip(&plan.stages) {
+        let (json, bytes) = of_component(job, here, (component, checkpoint), device, said)?;
         sum = sum.saturating_add(bytes);
         components.push(json);
     }
@@ -49,7 +54,7 @@ pub(super) fn say(job: &Job, here: Option<&Here>, said: &mut Said) -> Result<()>
 fn of_component(
     job: &Job,
     Here { model, variant }: &Here,
-    component: Component,
+    (component, checkpoint): (Component, &Checkpoint),
     device: &DeviceSpec,
     said: &mut Said,
 ) -> Result<(Value, u64)> {
@@ -62,8 +67,7 @@ fn of_component(
             choose(component, variant.as_ref(), &exists)?.why(variant.as_ref(), &exists)
         }
     };
-    let checkpoint = model.checkpoint(component, variant.as_ref())?;
-    let weights = Weights::of(job, component, &checkpoint, device);
+    let weights = Weights::of(job, component, checkpoint, device);
     let list: Vec<_> = files.iter().map(|file| file.name.as_str()).collect();
     let name = component.folder();
     said.line(name, format!("{} ({why})", list.join(", ")));

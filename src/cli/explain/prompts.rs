@@ -16,7 +16,16 @@ struct Prompt<'a> {
     is_used: bool,
 }
 
-pub(super) fn say(job: &Job, here: Option<&Here>, said: &mut Said) -> Result<()> {
+/// What of prompts a pass sees.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Context {
+    /// Texts that the text encoder reads one by one; a shorter prompt is padded to as many.
+    pub chunks: usize,
+    /// Tokens of each, padding included.
+    pub length: usize,
+}
+
+pub(super) fn say(job: &Job, here: Option<&Here>, said: &mut Said) -> Result<Context> {
     let tokenizer = match here {
         Some(here) => pipeline::tokenizer(&here.model, &job.additions)?,
         None => {
@@ -42,15 +51,20 @@ pub(super) fn say(job: &Job, here: Option<&Here>, said: &mut Said) -> Result<()>
     };
     said.line("prompt syntax", job.prompt_syntax.name());
     said.field("prompt_syntax", job.prompt_syntax.name());
-    let json = prompt.say(&tokenizer, said)?;
-    said.field("prompt", json);
-    let json = negative_prompt.say(&tokenizer, said)?;
-    said.field("negative_prompt", json);
-    Ok(())
+    let mut context = Context { chunks: 1, length: tokenizer.length() };
+    for (prompt, field) in [(prompt, "prompt"), (negative_prompt, "negative_prompt")] {
+        let (json, chunks) = prompt.say(&tokenizer, said)?;
+        said.field(field, json);
+        if prompt.is_used {
+            context.chunks = context.chunks.max(chunks);
+        }
+    }
+    Ok(context)
 }
 
 impl Prompt<'_> {
-    fn say(&self, tokenizer: &Tokenizer, said: &mut Said) -> Result<Value> {
+    /// What is said of it, and its chunks.
+    fn say(&self, tokenizer: &Tokenizer, said: &mut Said) -> Result<(Value, usize)> {
         let Self { name, given, resolved, options, is_used } = *self;
         let TextOptions { syntax, clip_skip } = options;
         said.line(name, given);
@@ -80,14 +94,15 @@ impl Prompt<'_> {
         if clip_skip > 0 {
             said.line("  clip skip", clip_skip);
         }
-        Ok(json!({
+        let json = json!({
             "given": given,
             "resolved": resolved,
             "is_used": is_used,
             "chunks": chunks,
             "cut_off": cut.truncated,
             "clip_skip": clip_skip,
-        }))
+        });
+        Ok((json, of))
     }
 }
 

@@ -4,13 +4,12 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{Here, Said};
+use super::Said;
+use super::prompts::Context;
 use crate::cli::job::Job;
-use crate::error::Result;
 use crate::image::ImageSize;
-use crate::pipeline;
 use crate::weights::{Checkpoint, Component, names};
 
 /// The work of one pass of each component over one picture.
@@ -21,14 +20,17 @@ struct Work {
     vae: f64,
 }
 
-pub(super) fn say(job: &Job, here: &Here, evaluations: usize, said: &mut Said) -> Result<()> {
-    let size = job.picture_size(pipeline::default_size(&here.model)?);
-    let tokens = pipeline::tokenizer(&here.model, &job.additions)?.length();
-    let open = |component| here.model.checkpoint(component, here.variant.as_ref());
-    let [text, unet, vae] = Component::ALL.map(open);
-    let Some(work) = Work::of(&text?, &unet?, &vae?, size, tokens) else {
+pub(super) fn say(
+    job: &Job,
+    weights: &[Checkpoint; 3],
+    size: ImageSize,
+    context: Context,
+    evaluations: usize,
+    said: &mut Said,
+) {
+    let Some(work) = Work::of(weights, size, context) else {
         said.line("work", "not known for this VAE");
-        return Ok(());
+        return said.field("flops", Value::Null);
     };
     let passes = if job.guidance_scale.needs_unconditional() { 2.0 } else { 1.0 };
     let Work { text, unet, vae } = work;
@@ -50,17 +52,14 @@ pub(super) fn say(job: &Job, here: &Here, evaluations: usize, said: &mut Said) -
     );
     let flops = json!({"text": text, "evaluation": unet, "decoding": vae, "picture": picture});
     said.field("flops", flops);
-    Ok(())
 }
 
 impl Work {
     /// For a picture of `size`; `None` if the VAE is not an AutoencoderKL.
     fn of(
-        text: &Checkpoint,
-        unet: &Checkpoint,
-        vae: &Checkpoint,
+        [text, unet, vae]: &[Checkpoint; 3],
         size: ImageSize,
-        tokens: usize,
+        Context { chunks, length }: Context,
     ) -> Option<Self> {
         let blocks = |weights: &Checkpoint, after: &str| -> i32 {
             let places = weights.iter().filter_map(|(name, _)| number(name, after));
@@ -72,14 +71,14 @@ impl Work {
         }
         let pixels = (size.height * size.width) as f64;
         let latents = pixels / 4f64.powi(vae_levels - 1);
-        let tokens = tokens as f64;
+        let (chunks, length) = (chunks as f64, length as f64);
         let unet_places = |name: &str| latents / 4f64.powi(unet_halvings(name, unet_levels));
         let vae_places = |name: &str| latents * 4f64.powi(vae_doublings(name, vae_levels));
-        let text_places = |_: &str| tokens;
+        let text_places = |_: &str| length;
         Some(Self {
-            text: flops(text, Component::TextEncoder, &text_places, tokens),
-            unet: flops(unet, Component::Unet, &unet_places, tokens),
-            vae: flops(vae, Component::Vae, &vae_places, tokens),
+            text: chunks * flops(text, Component::TextEncoder, &text_places, length),
+            unet: flops(unet, Component::Unet, &unet_places, chunks * length),
+            vae: flops(vae, Component::Vae, &vae_places, length),
         })
     }
 }
@@ -158,12 +157,13 @@ mod tests {
     fn the_work_is_what_pytorch_counts() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/tiny");
         let model = Model::open(folder, None).unwrap();
-        let [text, unet, vae] =
-            Component::ALL.map(|component| model.checkpoint(component, None).unwrap());
+        let weights = Component::ALL.map(|component| model.checkpoint(component, None).unwrap());
         let size = ImageSize { height: 64, width: 96 };
-        let work = Work::of(&text, &unet, &vae, size, 77).unwrap();
         // torch.utils.flop_counter.FlopCounterMode over diffusers 0.42 and transformers 5.
-        let expected = Work { text: 7_953_792.0, unet: 21_807_808.0, vae: 89_766_912.0 };
-        assert_eq!(work, expected);
+        let cases = [(1, 7_953_792.0, 21_807_808.0), (3, 3.0 * 7_953_792.0, 30_885_184.0)];
+        for (chunks, text, unet) in cases {
+            let work = Work::of(&weights, size, Context { chunks, length: 77 }).unwrap();
+            assert_eq!(work, Work { text, unet, vae: 89_766_912.0 }, "{chunks} chunks");
+        }
     }
 }
