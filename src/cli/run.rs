@@ -66,29 +66,52 @@ pub type OpenPainter<'a> = dyn FnMut(&Job, &dyn Progress) -> Result<Box<dyn Pain
 /// If an output cannot be written (found out before loading), the model cannot be loaded, or a
 /// picture cannot be made. Pictures written before stay.
 pub fn run(job: &Job, open: &mut OpenPainter<'_>) -> Result<()> {
-    run_in(job, |stream| run_told(job, open, stream))
+    run_with(
+        job,
+        |teller| open(job, teller),
+        |painter, display, teller| {
+            let together = job.batch_size.or(AUTO_PIXELS, job.picture_size(painter.default_size()));
+            let pictures: Vec<_> = pictures(job).collect();
+            for pictures in pictures.chunks(together) {
+                display.check()?;
+                display.begin(title(pictures, job.count.get()));
+                paint_together(job, painter, pictures, display, teller)?;
+                teller.stream.check()?;
+            }
+            Ok(())
+        },
+    )
 }
 
-/// Makes what `make` makes, of a job's kind, so that its end is told.
+/// What is around pictures, whatever becomes of them: what can be found out before a model is
+/// loaded is, the model is loaded by `open`, `make` makes them, and how it ended is told.
 ///
 /// # Errors
-/// If it cannot be made.
-pub(super) fn run_in(job: &Job, make: impl FnOnce(&Stream) -> Result<()>) -> Result<()> {
+/// As [`run`].
+pub(super) fn run_with(
+    job: &Job,
+    open: impl FnOnce(&Teller<'_>) -> Result<Box<dyn Painter>>,
+    make: impl FnOnce(&mut dyn Painter, &Display, &Teller<'_>) -> Result<()>,
+) -> Result<()> {
     cpu::check_kernel_path()?;
     interrupt::install(job.verbosity == Verbosity::Quiet)?;
-    let told = if job.json { Told::Everything } else { Told::Nothing };
-    let stream = Stream::stdout(told);
-    let outcome = make(&stream);
+    let stream = Stream::stdout(if job.json { Told::Everything } else { Told::Nothing });
+    let outcome = run_told(job, &stream, open, make);
     if let Err(error) = &outcome {
         stream.tell_error(None, error);
     }
     outcome
 }
 
-fn run_told(job: &Job, open: &mut OpenPainter<'_>, stream: &Stream) -> Result<()> {
+fn run_told(
+    job: &Job,
+    stream: &Stream,
+    open: impl FnOnce(&Teller<'_>) -> Result<Box<dyn Painter>>,
+    make: impl FnOnce(&mut dyn Painter, &Display, &Teller<'_>) -> Result<()>,
+) -> Result<()> {
     check_outputs(job)?;
     let display = Display::new(job.verbosity).drawing(job.preview_in.graphics());
-    display.detail(described(job));
+    describe(job, &display);
     let device = job.device.resolve()?.to_string();
     let teller = Teller { stream, device: &device, pictures: &[], progress: &display };
     job.notes.iter().for_each(|note| teller.report(Event::Warning(note)));
@@ -96,15 +119,8 @@ fn run_told(job: &Job, open: &mut OpenPainter<'_>, stream: &Stream) -> Result<()
         // Its size is known without a model, and damage is to be found before one is loaded.
         images.load(job.picture_size(images.size()))?;
     }
-    let mut painter = open(job, &teller)?;
-    let together = job.batch_size.or(AUTO_PIXELS, job.picture_size(painter.default_size()));
-    let pictures: Vec<_> = pictures(job).collect();
-    for pictures in pictures.chunks(together) {
-        display.check()?;
-        display.begin(title(pictures, job.count.get()));
-        paint_together(job, &mut *painter, pictures, &display, &teller)?;
-        stream.check()?;
-    }
+    let mut painter = open(&teller)?;
+    make(&mut *painter, &display, &teller)?;
     if job.stats {
         let lines = painter.statistics().into_iter().chain(books::peak_memory());
         lines.for_each(|line| display.line(line));
@@ -129,11 +145,7 @@ fn pictures(job: &Job) -> impl Iterator<Item = (usize, u64)> {
     (1..=job.count.get()).zip(job.seed..=u64::MAX)
 }
 
-/// Finds out whether a job's pictures can be written, before an hour is spent on them.
-///
-/// # Errors
-/// If not.
-pub(super) fn check_outputs(job: &Job) -> Result<()> {
+fn check_outputs(job: &Job) -> Result<()> {
     let mut checked = HashSet::new();
     for (index, seed) in pictures(job) {
         let target = job.output.target(seed, index);
@@ -148,11 +160,10 @@ pub(super) fn check_outputs(job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// A job in short, for `-v`.
-pub(super) fn described(job: &Job) -> String {
+fn describe(job: &Job, display: &Display) {
     let own = || "the model's".to_owned();
     let scheduler = job.scheduler.map_or_else(own, |choice| choice.to_string());
-    format!(
+    display.detail(format!(
         "model {}, device {}, dtype {}, scheduler {scheduler}, {} steps, guidance scale {}, \
          seed {}",
         job.model,
@@ -161,7 +172,7 @@ pub(super) fn described(job: &Job) -> String {
         job.steps.get(),
         job.guidance_scale.get(),
         job.seed,
-    )
+    ));
 }
 
 fn paint_together(

@@ -10,21 +10,20 @@ mod sheet;
 use std::time::Instant;
 
 use super::args::Args;
-use super::books;
 use super::display::Display;
-use super::events::{Made, PictureName, Stream, Teller};
+use super::events::{Made, PictureName, Teller};
 use super::files;
 use super::job::{self, Job, Request};
 use super::output::Target;
 use super::paint::{AUTO_PIXELS, Order, Painted, paint_pictures};
 use super::painter;
 use super::prompt::{given_prompt, prompt_of_stdin};
-use super::run::{Painter, check_outputs, described, run_in};
+use super::run::{Painter, run_with};
 use super::surroundings::Surroundings;
 use crate::error::{Error, Result};
 use crate::image::ImageSize;
 use crate::pipeline;
-use crate::progress::{Event, Progress};
+use crate::progress::Progress;
 use crate::schedule::SchedulerConfig;
 use crate::weights::Model;
 pub(super) use axes::Axis;
@@ -169,31 +168,17 @@ impl GridJob {
 /// # Errors
 /// As the single command; there is a whole sheet or none.
 pub fn grid(grid: &GridJob) -> Result<()> {
-    let first = grid.first()?;
-    run_in(first, |stream| make(grid, first, stream))
-}
-
-fn make(grid: &GridJob, first: &Job, stream: &Stream) -> Result<()> {
-    check_outputs(first)?;
-    let display = Display::new(first.verbosity).drawing(first.preview_in.graphics());
-    display.detail(described(first));
-    let device = first.device.resolve()?.to_string();
-    let teller = Teller { stream, device: &device, pictures: &[], progress: &display };
-    first.notes.iter().for_each(|note| teller.report(Event::Warning(note)));
-    if let Some(images) = &first.image {
-        // Its size is known without a model, and damage is to be found before one is loaded.
-        images.load(first.picture_size(images.size()))?;
-    }
-    let start = Instant::now();
+    let (first, start) = (grid.first()?, Instant::now());
     let check = |model: &Model| grid.check(model, first);
-    let mut painter = painter::open_if(first, &check, &teller)?;
-    let painted = grid.paint(&mut *painter, &display, &teller)?;
-    grid.write(first, &painted, &display, &teller, start)?;
-    if first.stats {
-        let lines = painter.statistics().into_iter().chain(books::peak_memory());
-        lines.for_each(|line| display.line(line));
-    }
-    stream.check()
+    run_with(
+        first,
+        |teller| painter::open_if(first, &check, teller),
+        |painter, display, teller| {
+            let painted = grid.paint(painter, display, teller)?;
+            grid.write(first, &painted, display, teller, start)?;
+            teller.stream.check()
+        },
+    )
 }
 
 impl GridJob {
