@@ -19,11 +19,15 @@ use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
 use crate::error::{Error, Result};
 pub use chunks::{Chunk, Chunks, Syntax, Token};
+use files::{
+    object, read_object, vocabulary_of_files, vocabulary_of_texts, vocabulary_of_tokenizer_json,
+};
 use special::{SpecialTokens, added_tokens_decoder, tokens_to_add};
 
 mod chunks;
 mod clip;
 mod emphasis;
+mod files;
 mod special;
 
 /// CLIP's context: tokens in a prompt, `<|startoftext|>` and `<|endoftext|>` included.
@@ -31,9 +35,6 @@ pub const CONTEXT_LENGTH: usize = 77;
 
 /// A context beyond this is no CLIP; files of transformers write 1e30 for "no limit".
 const MAX_CONTEXT_LENGTH: usize = 1024;
-
-/// The largest file of a tokenizer that is read; the published ones have 1 to 4 MB.
-const MAX_FILE_BYTES: u64 = 64 << 20;
 
 /// `CLIPTokenizer.__init__`, tokenization_clip.py of transformers 5.
 const PRE_TOKENIZER_PATTERN: &str = concat!(
@@ -102,6 +103,16 @@ impl Tokenizer {
     /// If that is no token of CLIP's.
     pub fn clip(pad_token: &str) -> Result<Self> {
         Self::new(&clip::config(pad_token), BTreeMap::new(), clip::vocabulary())
+    }
+
+    /// One that is in the program: its `tokenizer_config.json`, `vocab.json` and `merges.txt`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn of_texts(config: &str, vocabulary: &str, merges: &str) -> Result<Self> {
+        let config = object("tokenizer_config.json", config)?;
+        let vocabulary = object("vocab.json", vocabulary)?;
+        Self::new(&config, BTreeMap::new(), vocabulary_of_texts(&vocabulary, merges)?)
     }
 
     fn new(
@@ -252,84 +263,6 @@ fn context_length(config: &Map<String, Value>) -> Result<usize> {
         }
         Some(length) if length <= MAX_CONTEXT_LENGTH as f64 => Ok(length as usize),
         _ => Ok(CONTEXT_LENGTH),
-    }
-}
-
-fn vocabulary_of_tokenizer_json(fast: &Map<String, Value>) -> Result<(Vocab, Merges)> {
-    let broken = |what: &str| Error::model(format!("tokenizer.json: {what}"));
-    let model = fast.get("model").and_then(Value::as_object);
-    let model = model.ok_or_else(|| broken("no \"model\""))?;
-    let vocab = model.get("vocab").and_then(Value::as_object);
-    let vocab =
-        vocab.ok_or_else(|| broken("\"model\" has no \"vocab\" of a byte-pair encoding"))?;
-    let merges = model.get("merges").and_then(Value::as_array);
-    let merges = merges.ok_or_else(|| broken("\"model\" has no \"merges\""))?;
-    let pair = |merge: &Value| match merge {
-        Value::String(text) => text.split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned())),
-        Value::Array(pair) => match pair.as_slice() {
-            [Value::String(a), Value::String(b)] => Some((a.clone(), b.clone())),
-            _ => None,
-        },
-        _ => None,
-    };
-    let merges = merges.iter().enumerate().map(|(at, merge)| {
-        pair(merge).ok_or_else(|| broken(&format!("merge {at} is no pair of tokens")))
-    });
-    Ok((vocab_ids(vocab, "tokenizer.json")?, merges.collect::<Result<_>>()?))
-}
-
-fn vocabulary_of_files(folder: &Path) -> Result<(Vocab, Merges)> {
-    let vocab = read_object(folder, "vocab.json")?;
-    let merges = read_text(folder, "merges.txt")?;
-    let (Some(vocab), Some(merges)) = (vocab, merges) else {
-        return Err(Error::model(
-            "no tokenizer here: neither tokenizer.json nor vocab.json with merges.txt",
-        ));
-    };
-    let mut pairs = Merges::new();
-    for (at, line) in merges.lines().enumerate() {
-        if line.is_empty() || line.starts_with("#version") {
-            continue;
-        }
-        match line.split(' ').collect::<Vec<_>>().as_slice() {
-            [a, b] => pairs.push(((*a).to_owned(), (*b).to_owned())),
-            _ => {
-                let line_number = at.saturating_add(1);
-                return Err(Error::model(format!("merges.txt: line {line_number} is no pair")));
-            }
-        }
-    }
-    Ok((vocab_ids(&vocab, "vocab.json")?, pairs))
-}
-
-fn vocab_ids(vocab: &Map<String, Value>, file: &str) -> Result<Vocab> {
-    let id = |(token, id): (&String, &Value)| match id.as_u64().and_then(|id| id.try_into().ok()) {
-        Some(id) => Ok((token.clone(), id)),
-        None => Err(Error::model(format!("{file}: the id of {token:?} is {id}"))),
-    };
-    vocab.iter().map(id).collect()
-}
-
-fn read_object(folder: &Path, file: &str) -> Result<Option<Map<String, Value>>> {
-    let Some(text) = read_text(folder, file)? else { return Ok(None) };
-    match serde_json::from_str(&text) {
-        Ok(Value::Object(object)) => Ok(Some(object)),
-        Ok(_) => Err(Error::model(format!("{file}: not a JSON object"))),
-        Err(error) => Err(Error::model(format!("{file}: {error}"))),
-    }
-}
-
-/// A file's text, `None` if there is no such file.
-fn read_text(folder: &Path, file: &str) -> Result<Option<String>> {
-    let broken = |what: &dyn std::fmt::Display| Error::model(format!("{file}: {what}"));
-    let path = folder.join(file);
-    match std::fs::metadata(&path) {
-        Ok(metadata) if metadata.len() > MAX_FILE_BYTES => {
-            Err(broken(&format!("{} bytes, more than {MAX_FILE_BYTES}", metadata.len())))
-        }
-        Ok(_) => std::fs::read_to_string(&path).map(Some).map_err(|error| broken(&error)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(broken(&error)),
     }
 }
 

@@ -4,6 +4,7 @@ mod additions;
 mod batch;
 mod cli;
 mod decoding;
+mod demo;
 mod end_to_end;
 mod explain;
 mod faults;

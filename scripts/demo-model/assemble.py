@@ -61,7 +61,6 @@ A girl, woman, boy or man from the front, and of them:
 - hair: {hair}; long, short, curly, a ponytail or a bun (girls), short, spiky or curly (boys)
 - skin: {skin}
 - glasses or sunglasses; a cap or beanie of a colour, a crown, a top hat; a beard (boys)
-- smiling, serious or surprised
 - a shirt: {shirts}
 - a background: {backgrounds}
 
@@ -71,9 +70,12 @@ out too; the tests ask for those alone.
 
 ## What it cannot
 
-Anything else. A prompt for a fox or a landscape gives some portrait. The words are English, and few.
-Two people, bodies, other views and other sizes than 128x128 are none that it has seen: larger
-pictures repeat parts. Cartoons of so few features show stereotypes: "girl" and "boy" differ here by
+The mouth is left to the seed, whatever a prompt says: of "smiling", "serious" and "surprised" about
+a third comes out, which is chance.
+
+Nor can it draw anything else: a prompt for a fox or a landscape gives some portrait. The words are
+English, and few. Two people, bodies, other views and other sizes than 128x128 are none that it has
+seen: larger pictures repeat parts. Cartoons of so few features show stereotypes: "girl" and "boy" differ here by
 lashes, hair and shoulders, because that is how they were drawn.
 
 ## Licence

@@ -192,11 +192,15 @@ pub(super) struct Chosen {
 /// The model, and where it is computed: the same for all pictures of a run.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct ModelArgs {
-    /// A Hugging Face repository (org/name), a folder in diffusers layout, or a model in one file
+    /// A Hugging Face repository (org/name), a folder in diffusers layout, one file, or demo
+    ///
+    /// demo is a small model that is in the program, and needs neither network nor files: cartoon
+    /// portraits of 128x128. Its own steps and guidance scale hold where none are given. A folder
+    /// of that name is ./demo.
     ///
     /// One file is a .safetensors or .ckpt of Stable Diffusion 1.x or 2.x as the original code
     /// names its weights. CLIP's tokenizer is built in.
-    #[arg(short, long, value_name = "REPO|DIR|FILE", default_value = default_model())]
+    #[arg(short, long, value_name = "REPO|DIR|FILE|demo", default_value = default_model())]
     pub model: ModelSource,
 
     /// A folder in diffusers layout with what a model in one file does not say

@@ -2,7 +2,7 @@
 //! changes what flags are that are not given: to clap its values are defaults, so flags and
 //! `--from` win as they do over the built-in ones.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -16,8 +16,10 @@ use toml::{Spanned, Value};
 use super::args::Args;
 use super::command::usage;
 use super::job::Request;
+use super::model::ModelSource;
 use super::surroundings::Surroundings;
 use crate::error::{Error, Result};
+use crate::weights::built_in;
 
 /// Largest file that is read, in bytes.
 const MAX_BYTES: usize = 64 << 10;
@@ -60,7 +62,10 @@ pub(super) fn matches(
         Ok(plain) => plain,
         Err(error) => return Ok(Err(error)),
     };
-    let Some(file) = File::read(surroundings)? else { return Ok(Ok(plain)) };
+    let Some(file) = File::read(surroundings)? else {
+        return with_model(command.clone(), plain, words, &BTreeSet::new());
+    };
+    let mut set = BTreeSet::new();
     let is_set = |name| surroundings.variable(name).is_some_and(|value| !value.is_empty());
     let is_given = |id: &&str| {
         plain.try_contains_id(id).is_ok()
@@ -85,6 +90,35 @@ pub(super) fn matches(
         let values: Vec<&'static str> =
             setting.values.into_iter().map(|value| &*value.leak()).collect();
         command = command.mut_arg(id, |flag| flag.default_values(values));
+        set.insert(name);
+    }
+    match command.try_get_matches_from_mut(words.iter()) {
+        Ok(matches) => with_model(command, matches, words, &set),
+        Err(error) => Ok(Err(error)),
+    }
+}
+
+/// What is found with the defaults that the built-in model has, if it is the model: before clap's,
+/// and after those that the file has set.
+fn with_model(
+    mut command: Command,
+    found: ArgMatches,
+    words: Vec<OsString>,
+    set: &BTreeSet<String>,
+) -> Result<std::result::Result<ArgMatches, clap::Error>> {
+    match found.try_get_one("model") {
+        Ok(Some(ModelSource::BuiltIn)) => {}
+        Ok(Some(ModelSource::Hub(_) | ModelSource::Folder(_) | ModelSource::File(_)) | None)
+        | Err(_) => return Ok(Ok(found)),
+    }
+    let defaults = built_in::defaults()?;
+    for (name, value) in defaults.as_object().into_iter().flatten() {
+        let flag = command.get_arguments().find(|flag| flag.get_long() == Some(name));
+        let id = flag.filter(|_| !set.contains(name)).map(|flag| flag.get_id().clone());
+        if let Some(id) = id {
+            let value: &'static str = value.to_string().leak();
+            command = command.mut_arg(id, |flag| flag.default_value(value));
+        }
     }
     Ok(command.try_get_matches_from(words))
 }

@@ -181,13 +181,16 @@ impl Said {
     fn model(&mut self, job: &Job, found: &std::result::Result<Here, String>) {
         let (path, missing) = match found {
             Ok(Here { model, .. }) => {
-                let path = model.path().display().to_string();
-                let of = match &job.model {
-                    ModelSource::Hub(_) => format!(", in the hub's cache: {path}"),
-                    ModelSource::Folder(_) | ModelSource::File(_) => String::new(),
+                let path = model.path().map(|path| path.display().to_string());
+                let of = match (&job.model, &path) {
+                    (ModelSource::Hub(_), Some(path)) => format!(", in the hub's cache: {path}"),
+                    (ModelSource::Hub(_), None)
+                    | (ModelSource::Folder(_) | ModelSource::File(_) | ModelSource::BuiltIn, _) => {
+                        String::new()
+                    }
                 };
                 self.line("model", format!("{}, {}{of}", job.model, model.layout()));
-                (Some(path), None)
+                (path, None)
             }
             Err(missing) => {
                 self.line("model", &job.model);

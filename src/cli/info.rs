@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::image::{FileFormat, Infotext, PictureTexts};
 use crate::pipeline;
 use crate::schedule::SchedulerConfig;
-use crate::weights::{Checkpoint, Component, Format, Model, SingleFile, Variant};
+use crate::weights::{Checkpoint, Component, Format, Model, SingleFile, Variant, built_in};
 
 /// What is asked about.
 #[derive(Debug, Parser)]
@@ -36,7 +36,7 @@ use crate::weights::{Checkpoint, Component, Format, Model, SingleFile, Variant};
     after_help = AFTER_HELP
 )]
 struct InfoArgs {
-    /// A picture, a model (a folder, a repository that was downloaded, one file), or a weight file
+    /// A picture, a model (a folder, a downloaded repository, one file, demo), or a weight file
     #[arg(value_name = "PICTURE|MODEL")]
     what: PathBuf,
 
@@ -61,6 +61,7 @@ weights in another kind of file.
 Examples:
   tiny-sd info out.png
   tiny-sd info segmind/tiny-sd
+  tiny-sd info demo
   tiny-sd info v1-5.safetensors
   tiny-sd info ./my-model --json | jq .weights_hash
 
@@ -110,7 +111,12 @@ pub(super) fn parse(
         Err(error) if !error.use_stderr() => return Ok(Request::Show(error)),
         Err(error) => return Err(usage(&error)),
     };
-    let what = match surroundings.at(&what) {
+    // A name of a model that needs no place, whatever lies there under it.
+    let at = match what.to_str() == Some(built_in::NAME) {
+        true => At::Nothing,
+        false => surroundings.at(&what),
+    };
+    let what = match at {
         At::File | At::Device => Subject::File(what),
         At::Folder => Subject::Model(ModelSource::Folder(what)),
         At::Nothing => {
@@ -118,8 +124,11 @@ pub(super) fn parse(
             let source = name.parse::<ModelSource>().ok();
             // No repository is called as a picture is.
             let is_picture = FileFormat::of_name(&what).is_some();
-            let source =
-                source.filter(|source| !is_picture && matches!(source, ModelSource::Hub(_)));
+            let is_elsewhere = |source: &ModelSource| match source {
+                ModelSource::Hub(_) | ModelSource::BuiltIn => !is_picture,
+                ModelSource::Folder(_) | ModelSource::File(_) => false,
+            };
+            let source = source.filter(is_elsewhere);
             Subject::Model(source.ok_or_else(|| {
                 Error::usage(format!("{name}: there is no such file or folder, and no such model"))
             })?)
@@ -335,7 +344,7 @@ fn model(job: &InfoJob, source: &ModelSource) -> Result<Found> {
     let json = json!({
         "kind": "model",
         "source": source.to_string(),
-        "folder": folder.path().display().to_string(),
+        "folder": folder.path().map(|path| path.display().to_string()),
         "components": parts.iter().map(Part::json).collect::<Vec<_>>(),
         "parameters": parameters,
         "bytes": bytes,
@@ -367,10 +376,8 @@ impl Part {
         let checkpoint = model.checkpoint(component, variant)?;
         let own_bytes = checkpoint.iter().map(|(_, tensor)| tensor.byte_len()).sum();
         let files = model.weight_files(component, variant)?.into_iter().map(|file| {
-            let metadata = std::fs::metadata(&file.path);
-            let bytes = metadata.map_or(0, |metadata| metadata.len());
             // Of a file that holds more, what is the component's.
-            (file.name, if file.is_shared { own_bytes } else { bytes })
+            (file.name, if file.is_shared { own_bytes } else { file.bytes })
         });
         Ok(Self {
             component,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
+use crate::weights::built_in;
 
 /// Where a model comes from, by the look of its name alone: whether it is there, loading says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +17,8 @@ pub enum ModelSource {
     Folder(PathBuf),
     /// A model in one file.
     File(PathBuf),
+    /// The model in the program.
+    BuiltIn,
 }
 
 /// How the names of models in one file end.
@@ -31,6 +34,7 @@ impl ModelSource {
     pub fn short_name(&self) -> String {
         match self {
             ModelSource::Hub(repo) => repo.rsplit('/').next().unwrap_or(repo).to_owned(),
+            ModelSource::BuiltIn => built_in::NAME.to_owned(),
             ModelSource::File(path) => {
                 path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
             }
@@ -49,6 +53,7 @@ impl ModelSource {
     pub fn recorded(&self) -> String {
         match self {
             ModelSource::Hub(repo) => repo.clone(),
+            ModelSource::BuiltIn => built_in::NAME.to_owned(),
             // Its suffix says what it is.
             ModelSource::File(path) => path.to_string_lossy().into_owned(),
             ModelSource::Folder(path) => {
@@ -77,15 +82,17 @@ impl ModelSource {
             ModelSource::Hub(_) => "a repository",
             ModelSource::Folder(_) => "a folder",
             ModelSource::File(_) => "a file",
+            ModelSource::BuiltIn => "the built-in model",
         };
         let is_file = matches!(self, ModelSource::File(_));
+        let has_files = matches!(self, ModelSource::Hub(_) | ModelSource::Folder(_));
         if let (Some(revision), false) = (revision, matches!(self, ModelSource::Hub(_))) {
             return Err(Error::usage(format!(
                 "--revision {} is for repositories of the hub; {self} is {kind}",
                 revision.as_str()
             )));
         }
-        if let (Some(variant), true) = (variant, is_file) {
+        if let (Some(variant), false) = (variant, has_files) {
             return Err(Error::usage(format!(
                 "--variant {} chooses among several files; {self} is {kind}",
                 variant.as_str()
@@ -105,17 +112,21 @@ impl fmt::Display for ModelSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ModelSource::Hub(repo) => f.write_str(repo),
+            ModelSource::BuiltIn => f.write_str(built_in::NAME),
             ModelSource::Folder(path) | ModelSource::File(path) => path.display().fmt(f),
         }
     }
 }
 
-/// A folder if it exists, a file if it is called like one, a folder if it is written like a path,
-/// else a repository if it can be one.
+/// The built-in model by its name, a folder if it exists, a file if it is called like one, a folder
+/// if it is written like a path, else a repository if it can be one.
 impl FromStr for ModelSource {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
+        if text == built_in::NAME {
+            return Ok(ModelSource::BuiltIn);
+        }
         let path = Path::new(text);
         if !path.is_dir() && is_called_like_a_file(path) {
             return Ok(ModelSource::File(path.to_owned()));
@@ -133,7 +144,7 @@ impl FromStr for ModelSource {
                 Ok(ModelSource::Hub(text.to_owned()))
             }
             _ => Err("there is no such folder, and a repository is written org/name, such as \
-                      segmind/tiny-sd"
+                      segmind/tiny-sd; the built-in model is called demo"
                 .into()),
         }
     }
@@ -195,6 +206,8 @@ mod tests {
         for (text, expected) in [
             ("segmind/tiny-sd", hub("segmind/tiny-sd")),
             ("a/b.c_d-1", hub("a/b.c_d-1")),
+            ("demo", Ok(ModelSource::BuiltIn)),
+            ("./demo", folder("./demo")),
             ("src", folder("src")),
             ("src/cli", folder("src/cli")),
             ("./no/such", folder("./no/such")),
@@ -229,6 +242,7 @@ mod tests {
         let last = Path::new(here).file_name().unwrap().to_str().unwrap();
         for (text, expected) in [
             ("segmind/tiny-sd", "tiny-sd"),
+            ("demo", "demo"),
             ("./no/such/", "such"),
             ("a/v1-5-pruned.safetensors", "v1-5-pruned"),
             (here, last),
@@ -254,6 +268,8 @@ mod tests {
         for (source, expected) in [
             (ModelSource::Hub("org/name".into()), "org/name"),
             (ModelSource::File("org/name.ckpt".into()), "org/name.ckpt"),
+            (ModelSource::BuiltIn, "demo"),
+            (ModelSource::Folder("demo".into()), "./demo"),
             (ModelSource::Folder("org/name".into()), "./org/name"),
             (ModelSource::Folder("../name".into()), "../name"),
             (ModelSource::Folder("/a/b".into()), "/a/b"),

@@ -14,7 +14,7 @@ use super::model::{HubName, ModelSource};
 use super::places::{OnBackend, PaintOnDevice, Place, PlacedPainter, Places};
 use super::run::Painter;
 use crate::backend::{Backend, Device as _};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::image::{ImageSize, Picture};
 use crate::pipeline::{self, LoadOptions, PictureRequest, Pipeline, Placement};
 use crate::progress::Progress;
@@ -114,7 +114,7 @@ impl<'a> Wanted<'a> {
     }
 }
 
-/// A model on this machine's disk, and which of its weights to prefer.
+/// A model that is on this machine, and which of its weights to prefer.
 ///
 /// # Errors
 /// If the model cannot be had.
@@ -123,19 +123,27 @@ pub(super) fn model(
     progress: &dyn Progress,
 ) -> Result<(Model, Option<Variant>)> {
     let variant = wanted.variant.map(|name| Variant::parse(name.as_str())).transpose()?;
-    let at = |source: &ModelSource, part| match source {
-        ModelSource::Folder(path) | ModelSource::File(path) => Ok(path.clone()),
+    // Nowhere, if it is in the program.
+    let place = |source: &ModelSource, part| match source {
+        ModelSource::BuiltIn => Ok(None),
+        ModelSource::Folder(path) | ModelSource::File(path) => Ok(Some(path.clone())),
         ModelSource::Hub(name) => {
             // The revision is the model's.
             let revision = wanted.revision.filter(|_| part != Part::Vae);
             let wanted = Download { name, revision, part, offline: wanted.offline };
-            download(&wanted, variant.as_ref(), progress)
+            download(&wanted, variant.as_ref(), progress).map(Some)
         }
     };
     let part = if wanted.vae.is_some() { Part::WithoutVae } else { Part::Whole };
-    let model = Model::open(at(wanted.model, part)?, wanted.configs)?;
-    let vae = wanted.vae.map(|source| LoneVae::open(at(source, Part::Vae)?));
-    Ok((model.with_vae(vae.transpose()?), variant))
+    let model = match place(wanted.model, part)? {
+        Some(path) => Model::open(path, wanted.configs)?,
+        None => Model::built_in(),
+    };
+    let open = |source| match place(source, Part::Vae)? {
+        Some(path) => LoneVae::open(path),
+        None => Err(Error::usage(format!("--vae {source}: its VAE fits no other model"))),
+    };
+    Ok((model.with_vae(wanted.vae.map(open).transpose()?), variant))
 }
 
 /// What is the same wherever the stages are.

@@ -22,7 +22,7 @@ use crate::progress::{Event, Progress};
 use crate::schedule::{SchedulerChoice, SchedulerConfig};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{
-    Checkpoint, Component, ComponentChanges, Model, TokenizerFiles, Variant, names,
+    Checkpoint, Component, ComponentChanges, Model, TokenizerFiles, Variant, built_in, names,
 };
 
 /// How a model is loaded.
@@ -169,6 +169,10 @@ fn own_tokenizer(model: &Model) -> Result<Tokenizer> {
     match model.tokenizer() {
         TokenizerFiles::Folder(folder) => Tokenizer::open(&folder),
         TokenizerFiles::Clip { pad_token } => Tokenizer::clip(pad_token),
+        TokenizerFiles::BuiltIn => {
+            let [config, vocabulary, merges] = built_in::tokenizer()?;
+            Tokenizer::of_texts(config, vocabulary, merges)
+        }
     }
 }
 

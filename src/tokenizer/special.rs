@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
-use super::read_object;
+use super::files::read_object;
 use crate::error::{Error, Result};
 
 pub(super) const BOS_DEFAULT: &str = "<|startoftext|>";

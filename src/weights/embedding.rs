@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use super::{bytes, pickle, safetensors, shown};
-use crate::backend::host::HostTensor;
+use crate::backend::host::{HostTensor, SharedBytes};
 use crate::error::{Error, Result};
 
 /// Most vectors of an embedding: as many as a prompt has tokens.
@@ -56,16 +56,19 @@ impl Embedding {
     /// # Errors
     /// If it cannot be read, or holds anything but one embedding.
     pub fn read(EmbeddingFile { path, name }: &EmbeddingFile) -> Result<Self> {
-        Self::read_named(path, name.as_deref()).map_err(|error| error.context(path.display()))
+        let (file, _) = bytes::map(path)?;
+        Self::of(&file, path, name.as_deref()).map_err(|error| error.context(path.display()))
     }
 
-    fn read_named(path: &Path, name: Option<&str>) -> Result<Self> {
-        let (file, _) = bytes::map(path)?;
+    fn of(file: &SharedBytes, path: &Path, name: Option<&str>) -> Result<Self> {
         let is_safetensors = path.extension().is_some_and(|suffix| suffix == "safetensors");
         let found = match is_safetensors {
-            true => safetensors::read(&file)?,
-            false => pickle::read(&file)?.all()?,
+            true => safetensors::read(file)?,
+            false => pickle::read(file)?.all()?,
         };
+        if found.is_empty() {
+            return Err(Error::model("an embedding is one tensor, but there is none"));
+        }
         let mut tensors = found.iter();
         let (Some((key, vectors)), None) = (tensors.next(), tensors.next()) else {
             let names: Vec<_> = found.iter().take(4).map(|(name, _)| shown(name)).collect();

@@ -33,6 +33,9 @@ impl ModelFolder {
                  unet/, vae/, text_encoder/, scheduler/ and tokenizer/"
             )));
         }
+        if folder.path.exists() && !folder.path.is_dir() {
+            return Err(Error::model(format!("{path} is neither a file nor a folder")));
+        }
         if !folder.path.is_dir() {
             return Err(Error::model(format!("there is no folder {path}")));
         }
@@ -267,6 +270,10 @@ mod tests {
         let (dir, folder) = model();
         let error = message(ModelFolder::open(dir.path().join("unet/config.json")));
         assert!(error.contains("is a file: give the folder"), "{error}");
+        if cfg!(unix) {
+            let error = message(ModelFolder::open("/dev/null"));
+            assert_eq!(error, "/dev/null is neither a file nor a folder");
+        }
         let error = message(ModelFolder::open(dir.path().join("none")));
         assert!(error.starts_with("there is no folder"), "{error}");
         let error = message(ModelFolder::open(dir.path().join("vae")));

@@ -28,6 +28,7 @@ pub use options::{HubOptions, Token};
 pub use removal::Removal;
 use transport::{Failure, Transport};
 
+use super::built_in;
 use crate::error::{Error, Result};
 
 /// Tries to look a revision up: fewer than for a download, because the user waits for the first
@@ -142,8 +143,9 @@ impl<'c> Hub<'c> {
             (Err(Failure::Passing(reason)), None) => Err(Error::model(format!(
                 "{id}: {reason}, and it is not in the cache {}; check the network and \
                  HF_ENDPOINT, set HF_HOME if it was downloaded elsewhere (--offline then uses \
-                 it), or give a local folder with -m DIR",
-                cache.cache_dir().display()
+                 it), give a local folder with -m DIR, or take the small built-in model: -m {}",
+                cache.cache_dir().display(),
+                built_in::NAME
             ))),
             (Err(Failure::Refused(error)), None) => Err(error),
         }
@@ -165,9 +167,11 @@ impl<'c> Hub<'c> {
     fn not_cached(&self, id: &RepositoryId, cache: &RepositoryCache) -> Error {
         Error::model(format!(
             "{id} (revision '{}') is not in the cache {}: run once without --offline and \
-             HF_HUB_OFFLINE to download it, or give a local folder with -m DIR",
+             HF_HUB_OFFLINE to download it, give a local folder with -m DIR, or take the small \
+             built-in model: -m {}",
             self.options.revision,
-            cache.cache_dir().display()
+            cache.cache_dir().display(),
+            built_in::NAME
         ))
     }
 }

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::choice::tokenizer_files;
-use super::{Checkpoint, Component, Model, TokenizerFiles, Variant, bytes, json, names};
+use super::{Checkpoint, Component, Model, TokenizerFiles, Variant, built_in, bytes, json, names};
 use crate::backend::host::HostTensor;
 use crate::error::{Error, Result};
 
@@ -110,6 +110,10 @@ pub fn config_hash(model: &Model) -> Result<String> {
         TokenizerFiles::Folder(folder) => folder,
         TokenizerFiles::Clip { pad_token } => {
             add("tokenizer/clip", pad_token.as_bytes());
+            return Ok(hasher.finalize().to_hex().to_string());
+        }
+        TokenizerFiles::BuiltIn => {
+            built_in::tokenizer_files().for_each(|(name, bytes)| add(name, bytes));
             return Ok(hasher.finalize().to_hex().to_string());
         }
     };

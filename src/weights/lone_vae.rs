@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::choice::{Component, Variant, choose};
 use super::folder::ModelFolder;
-use super::model::WeightFile;
+use super::model::{WeightFile, file_len};
 use super::single::{Family, VaeNames, renamed_vae, vae_config};
 use super::{Checkpoint, names};
 use crate::error::{Error, Result};
@@ -113,13 +113,14 @@ impl LoneVae {
                 let names = folder.weight_files(Component::Vae, existing(folder, variant))?;
                 let file = |name: String| {
                     let path = folder.weight_path(&name);
-                    WeightFile { name: path.display().to_string(), path, is_shared: false }
+                    let (name, bytes) = (path.display().to_string(), file_len(&path));
+                    WeightFile { name, bytes, is_shared: false }
                 };
                 Ok(names.into_iter().map(file).collect())
             }
             Place::File { path, .. } => {
                 let name = path.display().to_string();
-                Ok(vec![WeightFile { name, path: path.clone(), is_shared: true }])
+                Ok(vec![WeightFile { name, bytes: file_len(path), is_shared: true }])
             }
         }
     }

@@ -23,6 +23,7 @@ pub use single::{SingleFile, TokenizerFiles};
 use crate::backend::host::HostTensor;
 use crate::error::{Error, Result};
 
+pub mod built_in;
 mod bytes;
 mod choice;
 mod embedding;

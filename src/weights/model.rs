@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::Checkpoint;
 use super::choice::{Component, Variant};
 use super::folder::ModelFolder;
 use super::lone_vae::LoneVae;
 use super::single::{SingleFile, TokenizerFiles};
+use super::{Checkpoint, built_in};
 use crate::error::{Error, Result};
 
-/// A model on this machine's disk.
+/// A model on this machine's disk, or the one that is in the program.
 #[derive(Debug, Clone)]
 pub struct Model {
     base: Base,
@@ -24,6 +24,7 @@ pub struct Model {
 enum Base {
     Folder(ModelFolder),
     File(Box<SingleFile>),
+    BuiltIn,
 }
 
 /// A file with weights.
@@ -31,8 +32,8 @@ enum Base {
 pub struct WeightFile {
     /// Its path in the model's folder, with `/`; of a single file its name.
     pub name: String,
-    /// Where it is.
-    pub path: PathBuf,
+    /// How long it is.
+    pub bytes: u64,
     /// Whether other components are in it too.
     pub is_shared: bool,
 }
@@ -58,6 +59,12 @@ impl Model {
         ModelFolder::open(path).map(Self::from)
     }
 
+    /// The one that is in the program.
+    #[must_use]
+    pub fn built_in() -> Self {
+        Self { base: Base::BuiltIn, vae: None }
+    }
+
     /// The model with another VAE in the place of its own.
     #[must_use]
     pub fn with_vae(self, vae: Option<LoneVae>) -> Self {
@@ -74,11 +81,12 @@ impl Model {
         self.vae.as_ref().filter(|_| component == Component::Vae)
     }
 
-    /// The folder, or the file.
-    pub fn path(&self) -> &Path {
+    /// The folder, or the file; the program has no path.
+    pub fn path(&self) -> Option<&Path> {
         match &self.base {
-            Base::Folder(folder) => folder.path(),
-            Base::File(file) => file.path(),
+            Base::Folder(folder) => Some(folder.path()),
+            Base::File(file) => Some(file.path()),
+            Base::BuiltIn => None,
         }
     }
 
@@ -87,6 +95,7 @@ impl Model {
         match &self.base {
             Base::Folder(_) => "diffusers layout",
             Base::File(_) => "one file",
+            Base::BuiltIn => "the program itself",
         }
     }
 
@@ -101,6 +110,7 @@ impl Model {
         match &self.base {
             Base::Folder(folder) => folder.config(component),
             Base::File(file) => file.config(component),
+            Base::BuiltIn => built_in::config(component.config_file()),
         }
     }
 
@@ -112,6 +122,7 @@ impl Model {
         match &self.base {
             Base::Folder(folder) => folder.scheduler_config(),
             Base::File(file) => file.scheduler_config(),
+            Base::BuiltIn => built_in::config("scheduler/scheduler_config.json"),
         }
     }
 
@@ -120,6 +131,7 @@ impl Model {
         match &self.base {
             Base::Folder(folder) => TokenizerFiles::Folder(folder.tokenizer_dir()),
             Base::File(file) => file.tokenizer(),
+            Base::BuiltIn => TokenizerFiles::BuiltIn,
         }
     }
 
@@ -141,6 +153,10 @@ impl Model {
                 no_variant(variant)?;
                 file.checkpoint(component)
             }
+            Base::BuiltIn => {
+                no_variant(variant)?;
+                built_in::checkpoint(component)
+            }
         }
     }
 
@@ -160,14 +176,18 @@ impl Model {
             Base::Folder(folder) => {
                 let names = folder.weight_files(component, variant)?.into_iter();
                 let file = |name: String| {
-                    let path = folder.path().join(&name);
-                    WeightFile { name, path, is_shared: false }
+                    let bytes = file_len(&folder.path().join(&name));
+                    WeightFile { name, bytes, is_shared: false }
                 };
                 Ok(names.map(file).collect())
             }
             Base::File(file) => {
                 no_variant(variant)?;
                 Ok(vec![lone(file.path(), true)])
+            }
+            Base::BuiltIn => {
+                no_variant(variant)?;
+                built_in::weight_files(component)
             }
         }
     }
@@ -176,14 +196,19 @@ impl Model {
 /// A file that is no part of a folder.
 fn lone(path: &Path, is_shared: bool) -> WeightFile {
     let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-    WeightFile { name, path: path.to_owned(), is_shared }
+    WeightFile { name, bytes: file_len(path), is_shared }
+}
+
+/// How long a file is, and 0 if it is gone: that is told where it is read.
+pub(super) fn file_len(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |metadata| metadata.len())
 }
 
 fn no_variant(variant: Option<&Variant>) -> Result<()> {
     match variant {
         None => Ok(()),
         Some(variant) => Err(Error::usage(format!(
-            "--variant {}: a model in one file has its weights once",
+            "--variant {}: the model has its weights once",
             variant.as_str()
         ))),
     }

@@ -59,11 +59,13 @@ fn of_component(
     said: &mut Said,
 ) -> Result<(Value, u64)> {
     let files = model.weight_files(component, variant.as_ref())?;
-    let why = match (component, model.vae(), files.iter().any(|file| file.is_shared)) {
+    let is_shared = files.iter().any(|file| file.is_shared);
+    let why = match (component, model.vae(), model.path()) {
         (Component::Vae, Some(_), _) => "--vae".to_owned(),
-        (_, _, true) => "one file has it all".to_owned(),
-        (_, _, false) => {
-            let exists = |name: &str| model.path().join(name).is_file();
+        (_, _, None) => "in the program".to_owned(),
+        (_, _, Some(_)) if is_shared => "one file has it all".to_owned(),
+        (_, _, Some(path)) => {
+            let exists = |name: &str| path.join(name).is_file();
             choose(component, variant.as_ref(), &exists)?.why(variant.as_ref(), &exists)
         }
     };

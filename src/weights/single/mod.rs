@@ -84,6 +84,8 @@ pub enum TokenizerFiles {
         /// `<|endoftext|>` or `!`.
         pad_token: &'static str,
     },
+    /// That of the model in the program.
+    BuiltIn,
 }
 
 /// A model in one file.
