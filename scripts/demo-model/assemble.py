@@ -44,8 +44,8 @@ pipeline_tag: text-to-image
 
 # The built-in model of tiny-sd
 
-Cartoon portraits of 128x128 from a prompt, by latent diffusion: CLIP's text encoder, UNet and VAE in
-miniature, all trained from scratch by `scripts/demo-model` on pictures that the same folder draws.
+Cartoon portraits of 128x128 from a prompt, by latent diffusion: CLIP's text encoder, UNet and VAE
+in miniature, all trained from scratch by `scripts/demo-model` on pictures that the same folder draws.
 No picture, weight or text of anybody else went into it. It is for trying tiny-sd where there is no
 network, and for its tests.
 
@@ -65,8 +65,8 @@ A girl, woman, boy or man from the front, and of them:
 - a background: {backgrounds}
 
 What a prompt leaves out is left to the seed, but for glasses, hats and beards, which are there when
-they are asked for. Pairs of hair and background that training has never seen ({held_out} of 56) come
-out too; the tests ask for those alone.
+they are asked for. Pairs of hair and background that training has never seen ({held_out} of 56)
+come out too; the tests ask for those alone.
 
 ## What it cannot
 
@@ -75,8 +75,8 @@ a third comes out, which is chance.
 
 Nor can it draw anything else: a prompt for a fox or a landscape gives some portrait. The words are
 English, and few. Two people, bodies, other views and other sizes than 128x128 are none that it has
-seen: larger pictures repeat parts. Cartoons of so few features show stereotypes: "girl" and "boy" differ here by
-lashes, hair and shoulders, because that is how they were drawn.
+seen: larger pictures repeat parts. Cartoons of so few features show stereotypes: "girl" and
+"boy" differ here by lashes, hair and shoulders, because that is how they were drawn.
 
 ## Licence
 

@@ -68,7 +68,8 @@ def details(portrait, chance):
     """What is said of a portrait besides who it is, hair first, by chance."""
     said = []
     if portrait.glasses != "none":
-        said.append(chance.choice((portrait.glasses, portrait.glasses, f"wearing {portrait.glasses}")))
+        name = portrait.glasses
+        said.append(chance.choice((name, name, f"wearing {name}")))
     if portrait.hat != "none":
         said.append(hat(portrait, chance))
     if portrait.beard:

@@ -16,15 +16,16 @@ from portraits import draw, sample
 
 @torch.inference_mode()
 def encode(rank, processes, count, work):
-    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval().to(parallel.DEVICE)
     chance, began = random.Random(f"latents {rank}"), time.time()
     portraits, latents = [], []
     while len(portraits) < count // processes:
         batch = [sample(chance) for _ in range(25)]
         pictures = np.stack([draw(portrait, chance) for portrait in batch])
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
-            latents.append(vae.encode(x).latent_dist.mean.float().clone())
+        with torch.autocast(parallel.DEVICE.type, torch.bfloat16):
+            encoded = vae.encode(x.to(parallel.DEVICE)).latent_dist.mean
+            latents.append(encoded.float().cpu().clone())
         portraits += [dataclasses.astuple(portrait) for portrait in batch]
     parallel.save(work / f"latents.{rank}", dict(portraits=portraits, latents=torch.cat(latents)))
     if rank == 0:
@@ -35,7 +36,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--count", type=int, default=36000)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=parallel.PROCESSES)
     args = parser.parse_args()
     parallel.spawn(encode, args.processes, args.count, args.work)
     paths = [args.work / f"latents.{rank}" for rank in range(args.processes)]

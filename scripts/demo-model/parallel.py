@@ -1,4 +1,4 @@
-"""Data-parallel training in processes of one thread each.
+"""Where and how training runs: on a GPU, or on the CPU in processes of one thread each.
 
 Small convolutions leave most of a second thread idle, so two processes that share their gradients
 train about twice as fast as one process of two threads.
@@ -10,6 +10,8 @@ import torch
 import torch.distributed as distributed
 import torch.multiprocessing as multiprocessing
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PROCESSES = 1 if DEVICE.type == "cuda" else 2
 PORT = os.environ.get("DEMO_MODEL_PORT", "29511")
 
 
@@ -32,7 +34,7 @@ class Gradients:
     def __init__(self, parameters):
         self.parameters = list(parameters)
         total = sum(p.numel() for p in self.parameters)
-        self.vector = torch.zeros(total)
+        self.vector = torch.zeros(total, device=self.parameters[0].device)
         start = 0
         for p in self.parameters:
             view = self.vector[start : start + p.numel()].view_as(p)
@@ -44,8 +46,9 @@ class Gradients:
 
     def share(self, max_norm):
         """Means over the processes, then clipped to `max_norm`; gives the norm before that."""
-        distributed.all_reduce(self.vector)
-        self.vector /= distributed.get_world_size()
+        if distributed.get_world_size() > 1:
+            distributed.all_reduce(self.vector)
+            self.vector /= distributed.get_world_size()
         norm = self.vector.norm()
         if norm > max_norm:
             self.vector *= max_norm / norm

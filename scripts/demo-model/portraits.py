@@ -187,7 +187,8 @@ class Painter:
         rgb = SHIRTS[self.portrait.shirt]
         w = 38 if self.girl else 46
         self.canvas.drawRect(skia.Rect.MakeLTRB(-9, 18, 9, 46), fill(shade(self.skin, 0.84)))
-        self.path(fill(shade(rgb, 1.0, self.chance)), (-w - 6, 90), (-w - 3, 50, -w + 8, 42, -14, 38),
+        self.path(fill(shade(rgb, 1.0, self.chance)),
+                  (-w - 6, 90), (-w - 3, 50, -w + 8, 42, -14, 38),
                   (-8, 49, 8, 49, 14, 38), (w - 8, 42, w + 3, 50, w + 6, 90))
         self.path(line(shade(rgb, 0.76), 2.6), (-14, 38), (-8, 49, 8, 49, 14, 38))
 
@@ -205,7 +206,8 @@ class Painter:
     def beard(self):
         w = self.width
         self.path(fill(shade(self.hair, 0.9)), (-w, 2), (-w - 1, 24, -17, 41, 0, 41),
-                  (17, 41, w + 1, 24, w, 2), (w - 6, 16, 11, 11, 0, 12), (-11, 11, -w + 6, 16, -w, 2))
+                  (17, 41, w + 1, 24, w, 2), (w - 6, 16, 11, 11, 0, 12),
+                  (-11, 11, -w + 6, 16, -w, 2))
 
     def eyes(self):
         iris = self.chance.choice(((70, 46, 34), (58, 100, 160), (64, 122, 74)))
@@ -244,13 +246,15 @@ class Painter:
         elif self.girl:
             low = {"long": 14, "short": 22, "ponytail": -2, "bun": -2}[style]
             out = w + (9 if style == "short" else 5)
-            self.path(paint, (-k * out, low), (-k * (out + 4), -54, k * (out + 4), -54, k * out, low),
+            self.path(paint, (-k * out, low),
+                      (-k * (out + 4), -54, k * (out + 4), -54, k * out, low),
                       (k * (w - 1), low - 6, k * (w - 1), -8, k * 17, -24),
                       (k * 8, -13, -k * (w - 6), -15, -k * (w - 1), -7),
                       (-k * (w - 1), 0, -k * w, low - 4, -k * out, low))
             self.path(shine, (-17, -32), (-4, -40, 11, -35))
         else:
-            self.path(paint, (-k * (w + 2), -1), (-k * (w + 8), -52, k * (w + 8), -52, k * (w + 2), -1),
+            self.path(paint, (-k * (w + 2), -1),
+                      (-k * (w + 8), -52, k * (w + 8), -52, k * (w + 2), -1),
                       (k * (w - 2), -11), (k * 18, -26, -k * 8, -15, -k * (w - 4), -15))
             self.path(shine, (-15, -32), (-2, -39, 11, -34))
 

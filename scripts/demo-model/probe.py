@@ -85,7 +85,9 @@ def main():
     test, test_labels = data(vae, random.Random("probe test"), 400, 1.0)
     outputs = sum(len(values) for values in HEADS.values())
     features = CHANNELS[-1] * (SIDE // 2 ** (len(CHANNELS) - 1)) ** 2
-    weights = {"out.weight": torch.randn(outputs, features) * 0.03, "out.bias": torch.zeros(outputs)}
+    weights = {
+        "out.weight": torch.randn(outputs, features) * 0.03, "out.bias": torch.zeros(outputs),
+    }
     for i, (inner, outer) in enumerate(zip(CHANNELS, CHANNELS[1:])):
         weights[f"{i}.weight"] = torch.randn(outer, inner, 3, 3) * (2 / (9 * inner)) ** 0.5
         weights[f"{i}.bias"] = torch.zeros(outer)

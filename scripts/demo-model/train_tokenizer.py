@@ -20,7 +20,7 @@ WORD = re.compile(r"[a-z]+|[0-9]|[^\sa-z0-9]+")  # CLIP's, for what the captions
 
 
 def alphabet():
-    """GPT-2's printable stand-ins of all bytes, in its order, which is that of CLIP's vocabulary."""
+    """GPT-2's printable stand-ins of all bytes, in its order, which is CLIP's too."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]

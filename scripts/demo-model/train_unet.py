@@ -29,6 +29,7 @@ BATCH = 64  # over all processes
 RATE = 1e-3
 DECAY = 0.4  # the part of the training, its last, in which the rate falls
 DROPPED = 0.1
+FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 WARM_UP = 500  # steps of the text encoder alone
 SCHEDULE = dict(
     beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
@@ -63,15 +64,17 @@ def unet():
 
 def tokens(tokenizer, texts):
     """(batch, CONTEXT) of ids."""
-    return tokenizer(texts, padding="max_length", max_length=CONTEXT, truncation=True,
-                     return_tensors="pt").input_ids
+    ids = tokenizer(texts, padding="max_length", max_length=CONTEXT, truncation=True,
+                    return_tensors="pt").input_ids
+    return ids.to(parallel.DEVICE)
 
 
 def warm_up(encoder, tokenizer, portraits, rank, processes):
     """Teaches the encoder to tell each attribute from captions, with heads that are not kept."""
-    query = torch.nn.Parameter(torch.randn(len(LABELS), WIDTH) * 0.3)
-    pair = torch.nn.Linear(WIDTH, 2 * WIDTH)
+    query = torch.nn.Parameter(torch.randn(len(LABELS), WIDTH, device=parallel.DEVICE) * 0.3)
+    pair = torch.nn.Linear(WIDTH, 2 * WIDTH).to(parallel.DEVICE)
     heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, len(names)) for names in LABELS.values())
+    heads.to(parallel.DEVICE)
     parameters = [*encoder.parameters(), query, *pair.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, 1.5e-3, (0.9, 0.98))
     gradients, right = parallel.Gradients(parameters), []
@@ -85,7 +88,8 @@ def warm_up(encoder, tokenizer, portraits, rank, processes):
         seen = torch.softmax(query @ key.transpose(1, 2) / WIDTH**0.5, -1) @ value
         loss, right = 0, right[-49:] + [[]]
         for i, (name, values) in enumerate(LABELS.items()):
-            label = torch.tensor([values.index(getattr(p, name)) for p in batch])
+            label = [values.index(getattr(p, name)) for p in batch]
+            label = torch.tensor(label, device=parallel.DEVICE)
             guess = heads[i](seen[:, i])
             loss = loss + functional.cross_entropy(guess, label)
             right[-1].append((guess.argmax(1) == label).float().mean().item())
@@ -94,7 +98,8 @@ def warm_up(encoder, tokenizer, portraits, rank, processes):
         gradients.share(5.0)
         optimizer.step()
     if rank == 0:
-        print("told from captions:", dict(zip(LABELS, np.mean(right, 0).round(2).tolist())), flush=True)
+        shares = np.mean(right, 0).round(2).tolist()
+        print("told from captions:", dict(zip(LABELS, shares)), flush=True)
     for parameter in encoder.parameters():
         parameter.grad = None
 
@@ -110,6 +115,7 @@ class Training:
         self.portraits = [drawn.Portrait(*fields) for fields in kept["portraits"]]
         self.tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
         self.encoder, self.unet = text_encoder(self.tokenizer), unet()
+        self.encoder.to(parallel.DEVICE), self.unet.to(parallel.DEVICE)
         self.parameters = [*self.encoder.parameters(), *self.unet.parameters()]
         checkpoint = work / "unet.checkpoint"
         if not checkpoint.exists():
@@ -119,7 +125,7 @@ class Training:
             self.parameters, RATE, (0.9, 0.99), weight_decay=0.01, fused=True)
         self.average, self.start = parallel.Average(self.parameters, 0.999), 0
         if checkpoint.exists():
-            kept = torch.load(checkpoint)
+            kept = torch.load(checkpoint, map_location=parallel.DEVICE)
             self.encoder.load_state_dict(kept["encoder"])
             self.unet.load_state_dict(kept["unet"])
             self.optimizer.load_state_dict(kept["optimizer"])
@@ -139,8 +145,9 @@ class Training:
         timesteps = ((torch.arange(count) + torch.rand(1)) * 1000 / count).long()
         latents, noise = self.latents[chosen], torch.randn(count, 4, 16, 16)
         noisy = self.noise.add_noise(latents, noise, timesteps)
-        velocity = self.noise.get_velocity(latents, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16):
+        velocity = self.noise.get_velocity(latents, noise, timesteps).to(parallel.DEVICE)
+        noisy, timesteps = noisy.to(parallel.DEVICE), timesteps.to(parallel.DEVICE)
+        with torch.autocast(parallel.DEVICE.type, torch.bfloat16):
             hidden = self.encoder(tokens(self.tokenizer, texts)).last_hidden_state
             predicted = self.unet(noisy, timesteps, hidden).sample
         return ((predicted.float() - velocity) ** 2).mean()
@@ -168,19 +175,21 @@ class Training:
             errors.append(loss.item())
             if self.rank == 0 and (step + 1) % 100 == 0:
                 speed = (step + 1 - self.start) / (time.time() - began)
-                print(f"step {step + 1}: loss {np.mean(errors):.4f}, {speed:.2f} steps/s", flush=True)
+                loss = np.mean(errors)
+                print(f"step {step + 1}: loss {loss:.4f}, {speed:.2f} steps/s", flush=True)
                 lasting = [*lasting[-9:], float(np.mean(errors))]
                 errors.clear()
             if self.rank == 0 and ((step + 1) % 500 == 0 or step + 1 == self.steps):
                 self.save(step + 1)
+                loss = round(float(np.mean(lasting or errors)), 4)
                 facts = dict(steps=step + 1, samples=(step + 1) * BATCH,
-                             pictures=len(self.latents), loss=round(float(np.mean(lasting)), 4))
+                             pictures=len(self.latents), loss=loss)
                 (self.work / "unet.json").write_text(json.dumps(facts) + "\n")
 
 
 def train(rank, processes, steps, work):
     # The fused kernel's backward pass is slow on a CPU: without it, a third more steps a second.
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH if parallel.DEVICE.type == "cpu" else list(FUSED)):
         Training(work, rank, processes, steps).run()
 
 
@@ -188,7 +197,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=parallel.PROCESSES)
     args = parser.parse_args()
     parallel.spawn(train, args.processes, args.steps, args.work)
 

@@ -40,7 +40,7 @@ def batch(chance, count, side):
         y, x = (8 * chance.randint(0, (128 - side) // 8) for _ in range(2))
         pictures.append(picture[y : y + side, x : x + side])
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return pixels.contiguous()
+    return pixels.contiguous().to(parallel.DEVICE)
 
 
 def edges(x):
@@ -49,7 +49,7 @@ def edges(x):
 
 def losses(vae, x):
     """The loss, and the mean squared error of the reconstruction."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(parallel.DEVICE.type, torch.bfloat16):
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
     y = y.float()
@@ -66,16 +66,17 @@ def rate(step, steps):
 
 def train(rank, processes, steps, work):
     torch.manual_seed(0)
-    vae = model()
+    vae = model().to(parallel.DEVICE)
     with torch.no_grad():  # start with little noise in the latents
         vae.quant_conv.bias[4:] = -5.0
         vae.quant_conv.weight[4:] *= 0.1
     gradients = parallel.Gradients(vae.parameters())
-    optimizer = torch.optim.AdamW(vae.parameters(), RATE, (0.9, 0.99), weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), RATE, (0.9, 0.99), weight_decay=1e-4, fused=True)
     average, start = parallel.Average(vae.parameters(), 0.998), 0
     checkpoint = work / "vae.checkpoint"
     if checkpoint.exists():
-        kept = torch.load(checkpoint)
+        kept = torch.load(checkpoint, map_location=parallel.DEVICE)
         vae.load_state_dict(kept["vae"])
         optimizer.load_state_dict(kept["optimizer"])
         average.mean, start = kept["average"], kept["step"]
@@ -130,7 +131,7 @@ def finish(vae, work, steps):
     (work / "vae.json").write_text(json.dumps(facts) + "\n")
     rows = [torch.cat(list(half[:10]), 2) for half in (pictures, decoded)]
     rows += [torch.cat(list(half[10:20]), 2) for half in (pictures, decoded)]
-    sheet = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
+    sheet = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu()
     Image.fromarray(sheet.numpy()).save(work / "vae.png")
 
 
@@ -138,7 +139,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--steps", type=int, default=16000)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=parallel.PROCESSES)
     args = parser.parse_args()
     args.work.mkdir(exist_ok=True)
     parallel.spawn(train, args.processes, args.steps, args.work)
