@@ -17,7 +17,7 @@ fn model(name: &str) -> String {
 }
 
 /// A command in a folder, whose caches are there as well, with the miniature model as the default.
-fn command(folder: &Path, program: &str) -> Command {
+pub fn command(folder: &Path, program: &str) -> Command {
     let mut command = Command::new(program);
     command
         .current_dir(folder)

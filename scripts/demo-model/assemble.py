@@ -27,9 +27,9 @@ INDEX = dict(
 UNRELATED = ("_name_or_path", "transformers_version", "_diffusers_version")
 
 
-def tidy(path):
+def tidy(path, **more):
     """Leaves out of a configuration which versions wrote it, and where."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text()) | more
     for name in UNRELATED:
         config.pop(name, None)
     path.write_text(json.dumps(config, indent=2) + "\n")
@@ -64,9 +64,9 @@ A girl, woman, boy or man from the front, and of them:
 - a shirt: {shirts}
 - a background: {backgrounds}
 
-What a prompt leaves out is left to the seed, but for glasses, hats and beards, which are there when
-they are asked for. Pairs of hair and background that training has never seen ({held_out} of 56)
-come out too; the tests ask for those alone.
+What a prompt leaves out is left to the seed, but for glasses, hats and beards: where a person is named,
+they are there when they are asked for, and else not. Pairs of hair and background that training has
+never seen ({held_out} of 56) come out too; the tests ask for those alone.
 
 ## What it cannot
 
@@ -116,7 +116,8 @@ def main():
     shutil.copytree(args.work / "tokenizer", args.output / "tokenizer", dirs_exist_ok=True)
     scheduler = DPMSolverMultistepScheduler(**SCHEDULE, timestep_spacing="trailing")
     scheduler.save_pretrained(args.output / "scheduler")
-    tidy(args.output / "scheduler/scheduler_config.json")
+    # As Stable Diffusion's has it: for DDIM and DDPM, which clip samples where nothing is said.
+    tidy(args.output / "scheduler/scheduler_config.json", clip_sample=False)
     (args.output / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
     (args.output / "defaults.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
     (args.output / "README.md").write_text(card(args.work, parts))

@@ -92,7 +92,8 @@ pub(super) fn matches(
         command = command.mut_arg(id, |flag| flag.default_values(values));
         set.insert(name);
     }
-    match command.try_get_matches_from_mut(words.iter()) {
+    // Of a copy: clap loses track of the flags of a command that has parsed and is then changed.
+    match command.clone().try_get_matches_from(words.iter()) {
         Ok(matches) => with_model(command, matches, words, &set),
         Err(error) => Ok(Err(error)),
     }

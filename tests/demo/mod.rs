@@ -12,9 +12,10 @@ use candle_core::Device;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tiny_sd::image::{ImageSize, Picture};
+use tiny_sd::schedule::SchedulerKind;
 
 use crate::golden::{fixtures, psnr};
-use crate::metadata::{ends_with, json, run};
+use crate::metadata::{command, ends_with, json, run};
 use measure::{BACKGROUNDS, GLASSES, HAIR, HATS, Measure, PEOPLE, SHIRTS, SKINS, Shown};
 
 /// Pairs of hair and background that training never sees: `held_out` in
@@ -182,6 +183,20 @@ fn pictures_of_an_empty_prompt_show_what_was_not_asked_for_by_chance_only() {
 }
 
 #[test]
+fn every_scheduler_draws_what_is_asked_for() {
+    let (folder, measure) = (TempDir::new().unwrap(), Measure::open());
+    for scheduler in SchedulerKind::ALL {
+        let name = scheduler.name();
+        let words = ["portrait of a girl, red shirt, green background", "-m", "demo", "-s", "3"];
+        let file = format!("{name}.png");
+        let more = ["--scheduler", name, "-o", &file];
+        ends_with(0, &run(folder.path(), &[&words[..], &more].concat()));
+        let shown = measure.of(&open(&folder.path().join(file)));
+        assert_eq!((shown["shirt"], shown["background"]), ("red", "green"), "{name}");
+    }
+}
+
+#[test]
 fn a_worker_draws_the_same_portraits() {
     let [here, there] = ["cpu", "mock"].map(|device| pictures((0..3).map(prompt), device));
     for (here, there) in here.iter().zip(&there) {
@@ -216,6 +231,14 @@ fn the_built_in_model_is_there_without_files_and_network() {
     assert!(text.contains("demo, the program itself"), "{text}");
 }
 
+/// What would be drawn, with the file of defaults in the folder.
+fn with_config(folder: &Path, words: &[&str]) -> Value {
+    let mut command = command(folder, env!("CARGO_BIN_EXE_tiny-sd"));
+    command.env("TINY_SD_CONFIG", folder.join("config.toml"));
+    let output = command.args(["explain", "a boy", "-m", "demo", "--json"]).args(words).output();
+    serde_json::from_str(&ends_with(0, &output.unwrap()).0).unwrap()
+}
+
 #[test]
 fn its_steps_are_defaults_that_flags_and_the_file_of_defaults_change() {
     let folder = TempDir::new().unwrap();
@@ -225,6 +248,20 @@ fn its_steps_are_defaults_that_flags_and_the_file_of_defaults_change() {
     };
     assert_eq!(steps(&[]), 20);
     assert_eq!(steps(&["--steps", "7"]), 7);
+    // Whatever the file of defaults says, and if it says nothing.
+    for (file, words, expected) in [
+        ("", &["-W", "64", "--scheduler", "euler"][..], 20),
+        ("", &["-g", "4", "--steps", "3", "--offline"], 3),
+        ("scheduler = \"ddim\"", &[], 20),
+        ("steps = 30", &["-W", "64"], 30),
+        ("steps = 30", &["--steps", "3"], 3),
+        ("steps = 30\nguidance-scale = 5", &[], 30),
+    ] {
+        fs::write(folder.path().join("config.toml"), file).unwrap();
+        let found = with_config(folder.path(), words);
+        assert_eq!(found["steps"], expected, "{file:?} {words:?}");
+        assert_eq!(found["model"]["source"], "demo", "{file:?} {words:?}");
+    }
     let (_, stderr) =
         ends_with(2, &run(folder.path(), &["a boy", "-m", "demo", "--variant", "fp16"]));
     assert!(stderr.contains("the built-in model"), "{stderr}");
