@@ -263,7 +263,7 @@ fn what_is_wrong_with_the_command_line_or_the_jobs_is_one_line_before_anything_r
     check("a\nb", &["-o", "x.png"], 2, "lines 1 and 2 both write x.png");
     check("# nothing", &[], 2, "there is no job in it");
     check("a", &["--device", "cpu", "--device", "cpu"], 2, "--device cpu is given twice");
-    check("a", &["--model", "./none"], 2, "the argument '--model <REPO|DIR|FILE>'");
+    check("a", &["--model", "./none"], 2, "the argument '--model <REPO|DIR|FILE|demo>'");
     check("a", &["--variant", "no"], 3, "no");
 }
 
