@@ -22,7 +22,7 @@ pub fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
 }
 
-fn goldens(model: &str, file: &str) -> HashMap<String, Golden> {
+pub fn goldens(model: &str, file: &str) -> HashMap<String, Golden> {
     let path = fixtures().join("golden").join(model).join(file);
     candle_core::safetensors::load(path, &Device::Cpu).unwrap()
 }

@@ -3,6 +3,8 @@
 mod additions;
 mod batch;
 mod cli;
+#[cfg(target_os = "linux")]
+mod cuda;
 mod decoding;
 mod demo;
 mod end_to_end;

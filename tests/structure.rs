@@ -55,7 +55,16 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("ureq", &["src/weights/hub/"]),
     // One of the two maps files.
     ("memmap2", &["src/weights/bytes.rs", "src/backend/mapped.rs"]),
-    ("unsafe", &["src/backend/cpu/kernels/", "src/weights/bytes.rs", "src/backend/mapped.rs"]),
+    (
+        "unsafe",
+        &[
+            "src/backend/cpu/kernels/",
+            "src/backend/cuda/nvidia.rs",
+            "src/weights/bytes.rs",
+            "src/backend/mapped.rs",
+        ],
+    ),
+    ("cudarc", &["src/backend/cuda/nvidia.rs"]),
     ("clap", &["src/cli/"]),
     ("indicatif", &["src/cli/"]),
     ("ctrlc", &["src/cli/"]),

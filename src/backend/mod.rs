@@ -5,6 +5,8 @@
 //! diffusion lives on: the fused ops of [`fused`], weights from the host, and torch's noise.
 
 pub mod cpu;
+pub mod cuda;
+pub mod elements;
 pub mod fused;
 pub mod gather;
 pub mod host;

@@ -10,12 +10,12 @@ use candle_core::{CpuStorage, DType, DeviceLocation, Result, Shape, WithDType};
 use super::client::{self, Output, Session, Ticket};
 use super::digests::Digests;
 use super::op::Op;
-use super::op::execute::to_bytes;
 use super::storage::{Storage, check_same_worker};
 use super::transport::BulkSource;
 use super::upload::Uploads;
 use super::wire::{MAX_INLINE_BYTES, Wire};
 use super::wire_form::WireForm;
+use crate::backend::elements::to_bytes;
 use crate::backend::{Begun, HostTensor, Noise, View};
 use crate::error::Error;
 

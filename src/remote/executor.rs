@@ -15,12 +15,13 @@ use candle_core::backend::BackendDevice;
 use super::heap::{Buffer, Heap, Poison, Resolved, Slot, view_of};
 use super::library::{Library, Recipe, Weights, prepare};
 use super::message::{MAX_PIECE_BYTES, Message, Progress, Reply};
-use super::op::execute::{execute, execute_in_place, to_bytes};
+use super::op::execute::{execute, execute_in_place};
 use super::op::infer::Source;
 use super::op::{Call, Id, Op};
 use super::program::{Program, Recorded, Recording, Step};
 use super::turns::Turns;
 use super::wire::malformed;
+use crate::backend::elements::{from_bytes, to_bytes};
 use crate::backend::{Backend, Fused, HostTensor, Meta, MetaRef, View, with_each};
 use crate::error::{Error, Result};
 
@@ -294,7 +295,7 @@ impl<B: Backend> Executor<B> {
                 let have = bytes.len();
                 return Err(Error::other(format!("{have} bytes arrived for {meta:?}")));
             }
-            let host = super::op::execute::from_bytes(*dtype, &bytes)?;
+            let host = from_bytes(*dtype, &bytes)?;
             let store = || Ok(self.shared.device.storage_from_cpu_storage_owned(host)?);
             return self.on_device(store);
         }

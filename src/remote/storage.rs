@@ -12,9 +12,10 @@ use candle_core::{CpuStorage, DType, Layout, Result};
 
 use super::client::Session;
 use super::device::Device;
-use super::op::execute::{batch_m_n_k, from_bytes};
+use super::op::execute::batch_m_n_k;
 use super::op::infer::Source;
 use super::op::{Binary, Copy2d, Id, Op, Unary};
+use crate::backend::elements::from_bytes;
 use crate::backend::{Backend, Fused, Meta, MetaRef, Reading, Size2d, View, with_each};
 use crate::error::Error;
 

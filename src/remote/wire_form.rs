@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::{DType, Layout};
 
 use super::op::Digest;
-use super::op::execute::to_bytes;
+use crate::backend::elements::to_bytes;
 use crate::backend::{HostTensor, cpu};
 use crate::error::Result;
 

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use candle_core::backend::BackendStorage;
 use candle_core::{DType, Layout};
+use tiny_sd::backend::elements::to_bytes;
 use tiny_sd::backend::{HostTensor, cpu};
 use tiny_sd::remote::disk_library::{self, DiskLibrary};
 use tiny_sd::remote::executor::{Arrivals, Executor, Limits, Shared};
 use tiny_sd::remote::message::{Message, Numbering, Reply, decode_frame};
 use tiny_sd::remote::op::cases::{Case, cases};
-use tiny_sd::remote::op::execute::to_bytes;
 use tiny_sd::remote::op::{Call, Digest, Id, Op, Operand};
 use tiny_sd::remote::wire::{Reader, Wire};
 use tiny_sd::{Error, Result};

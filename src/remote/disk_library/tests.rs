@@ -12,12 +12,12 @@ use self::harness::{Connection, Worker};
 use super::incoming::Incoming;
 use super::*;
 use crate::backend::cpu::{Device as Cpu, Storage as CpuBuffer};
+use crate::backend::elements::to_bytes;
 use crate::backend::{Device as _, HostTensor, Role};
 use crate::error::{Error, Kind};
 use crate::remote::device::Device;
 use crate::remote::library::{Recipe, Weights, prepare};
 use crate::remote::op::Digest;
-use crate::remote::op::execute::to_bytes;
 use crate::remote::transport::BulkSink as _;
 
 /// A convolution's weight (out, 6, 3, 3) in f16, by `seed`, row-major or channels-last.
