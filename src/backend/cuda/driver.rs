@@ -10,7 +10,7 @@ use crate::error::Result;
 pub struct Address(pub u64);
 
 /// A GPU's memory and its one queue of work: what is asked is done in this order, and only
-/// [`read`](Self::read) and [`wait`](Self::wait) wait for it.
+/// [`read`](Self::read) and [`Reached::wait`] wait for it.
 pub trait Driver: std::fmt::Debug + Send + Sync + 'static {
     /// For people: the GPU's name.
     fn name(&self) -> String;

@@ -3,7 +3,7 @@
 //! program starts without a driver.
 //!
 //! What models use runs on the GPU; what only candle's traits ask for is computed on the host
-//! ([`on_host`]), correct and slow, and counted.
+//! (`on_host`), correct and slow, and counted.
 
 mod arguments;
 pub mod driver;
