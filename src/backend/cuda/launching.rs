@@ -1,6 +1,7 @@
 //! Kernels that look at one place at a time, and copies of views: the ops of candle that models
 //! use. Separate from the fused ops because these serve those as well.
 
+use candle_core::backend::BackendStorage;
 use candle_core::{DType, Layout};
 
 use super::arguments::{Arguments, View, int};
@@ -75,7 +76,7 @@ impl Storage {
     /// The elements of a view, stored in `order`: a copy. None if no kernel does it.
     pub(super) fn copied(&self, layout: &Layout, order: &[usize]) -> Option<Result<Self>> {
         let target = dense_in_order(layout.dims(), order);
-        let made = self.device_of().elements(self.dtype_of(), layout.shape().elem_count());
+        let made = self.device().elements(self.dtype(), layout.shape().elem_count());
         let result = match made {
             Ok(result) => result,
             Err(error) => return Some(Err(error)),
@@ -91,7 +92,7 @@ impl Storage {
         source: &Self,
         source_layout: &Layout,
     ) -> Option<Result<()>> {
-        let kernel = match self.dtype_of().size_in_bytes() {
+        let kernel = match self.dtype().size_in_bytes() {
             1 => "copy_view_1",
             2 => "copy_view_2",
             4 => "copy_view_4",
@@ -107,19 +108,19 @@ impl Storage {
             .view(&to)
             .long(elements)
             .finish();
-        let device = self.device_of();
+        let device = self.device();
         Some(device.launch_elements((COPY, kernel), Numbers::F32, elements, &argument))
     }
 
     /// The elements of a view as another type, row-major; None if no kernel does it.
     pub(super) fn cast(&self, layout: &Layout, dtype: DType) -> Option<Result<Self>> {
-        if dtype == self.dtype_of() {
+        if dtype == self.dtype() {
             return self.copied(layout, &in_order(layout));
         }
-        let (from, to) = (code(self.dtype_of())?, code(dtype)?);
+        let (from, to) = (code(self.dtype())?, code(dtype)?);
         let elements = layout.shape().elem_count();
         let [view] = View::together([layout], &in_order(layout))?;
-        Some(self.device_of().elements(dtype, elements).and_then(|result| {
+        Some(self.device().elements(dtype, elements).and_then(|result| {
             let argument = Arguments::default()
                 .pointer(self.address())
                 .pointer(result.address())
@@ -128,7 +129,7 @@ impl Storage {
                 .int(from)
                 .int(to)
                 .finish();
-            let device = self.device_of();
+            let device = self.device();
             device.launch_elements((COPY, "cast"), Numbers::F32, elements, &argument)?;
             Ok(result)
         }))
@@ -141,17 +142,17 @@ impl Storage {
         layout: &Layout,
         attributes: impl Fn(Arguments) -> Arguments,
     ) -> Option<Result<Self>> {
-        let numbers = numbers(self.dtype_of())?;
+        let numbers = numbers(self.dtype())?;
         let elements = layout.shape().elem_count();
         let [view] = View::together([layout], &in_order(layout))?;
-        Some(self.device_of().elements(self.dtype_of(), elements).and_then(|result| {
+        Some(self.device().elements(self.dtype(), elements).and_then(|result| {
             let start = Arguments::default()
                 .pointer(self.address())
                 .pointer(result.address())
                 .view(&view)
                 .long(elements);
             let argument = attributes(start).finish();
-            let device = self.device_of();
+            let device = self.device();
             device.launch_elements((ELEMENT, kernel), numbers, elements, &argument)?;
             Ok(result)
         }))
@@ -164,10 +165,10 @@ impl Storage {
         layout: &Layout,
         (other, other_layout): (&Self, &Layout),
     ) -> Option<Result<Self>> {
-        let numbers = numbers(self.dtype_of())?;
+        let numbers = numbers(self.dtype())?;
         let elements = layout.shape().elem_count();
         let [left, right] = View::together([layout, other_layout], &in_order(layout))?;
-        Some(self.device_of().elements(self.dtype_of(), elements).and_then(|result| {
+        Some(self.device().elements(self.dtype(), elements).and_then(|result| {
             let argument = Arguments::default()
                 .pointer(self.address())
                 .pointer(other.address())
@@ -177,7 +178,7 @@ impl Storage {
                 .long(elements)
                 .int(op)
                 .finish();
-            let device = self.device_of();
+            let device = self.device();
             device.launch_elements((ELEMENT, "binary"), numbers, elements, &argument)?;
             Ok(result)
         }))
@@ -190,14 +191,14 @@ impl Storage {
         (ids, ids_layout): (&Self, &Layout),
         dim: usize,
     ) -> Option<Result<Self>> {
-        let kernel = match self.dtype_of().size_in_bytes() {
+        let kernel = match self.dtype().size_in_bytes() {
             1 => "index_select_1",
             2 => "index_select_2",
             4 => "index_select_4",
             8 => "index_select_8",
             _ => return None,
         };
-        let id_type = code(ids.dtype_of()).filter(|code| *code >= 3)?;
+        let id_type = code(ids.dtype()).filter(|code| *code >= 3)?;
         let (first, end) = ids_layout.contiguous_offsets()?;
         let view = View::of(layout)?;
         let dims: usize =
@@ -205,7 +206,7 @@ impl Storage {
         let elements = dims.checked_mul(end - first)?;
         let ids_address = ids.at(first);
         let dim = int(dim)?;
-        Some(self.device_of().elements(self.dtype_of(), elements).and_then(|result| {
+        Some(self.device().elements(self.dtype(), elements).and_then(|result| {
             let argument = Arguments::default()
                 .pointer(self.address())
                 .pointer(ids_address)
@@ -216,7 +217,7 @@ impl Storage {
                 .int(dim)
                 .int(id_type)
                 .finish();
-            let device = self.device_of();
+            let device = self.device();
             device.launch_elements((COPY, kernel), Numbers::F32, elements, &argument)?;
             Ok(result)
         }))
@@ -224,7 +225,7 @@ impl Storage {
 
     /// One value, by its bits, at every element of a view; None if no kernel does it.
     pub(super) fn filled(&self, layout: &Layout, bits: u64) -> Option<Result<()>> {
-        let kernel = match self.dtype_of().size_in_bytes() {
+        let kernel = match self.dtype().size_in_bytes() {
             1 => "fill_1",
             2 => "fill_2",
             4 => "fill_4",
@@ -235,7 +236,7 @@ impl Storage {
         let [view] = View::together([layout], &in_order(layout))?;
         let argument =
             Arguments::default().pointer(self.address()).view(&view).long(elements).bits(bits);
-        let device = self.device_of();
+        let device = self.device();
         let argument = argument.finish();
         Some(device.launch_elements((COPY, kernel), Numbers::F32, elements, &argument))
     }

@@ -36,14 +36,6 @@ impl Storage {
         self.is_prepared
     }
 
-    pub(super) fn device_of(&self) -> &Device {
-        &self.buffer.device
-    }
-
-    pub(super) fn dtype_of(&self) -> DType {
-        self.dtype
-    }
-
     /// Where it begins.
     pub(super) fn address(&self) -> Address {
         self.buffer.address
