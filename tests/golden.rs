@@ -2,7 +2,7 @@
 //! `tests/fixtures/README.md` says how the numbers were made.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor as Golden};
 use tiny_sd::backend::cpu;
@@ -18,8 +18,11 @@ type Cpu = cpu::Storage;
 
 const MODELS: [&str; 3] = ["tiny", "sd1", "sd2"];
 
+/// Where they are now: tests may have been carried to another machine.
 pub fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+    let root = std::env::var_os("CARGO_MANIFEST_DIR");
+    let root = root.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    root.join("tests/fixtures")
 }
 
 pub fn goldens(model: &str, file: &str) -> HashMap<String, Golden> {

@@ -21,6 +21,7 @@ mod kernels;
 mod metadata;
 mod null;
 mod numbers;
+mod op_cases;
 mod peer;
 mod pictures;
 mod processes;

@@ -7,7 +7,7 @@ use candle_core::op::{BinaryOpT, CmpOp, ReduceOp, UnaryOpT};
 use candle_core::scalar::Scalar;
 use candle_core::{CpuStorage, DType, DeviceLocation, Layout, Result, Shape, WithDType};
 
-use tiny_sd::backend::{self, Backend, Begun, Fused, HostTensor, Noise, View};
+use tiny_sd::backend::{self, Backend, Begun, Fused, HostTensor, Noise, Outputs, View};
 
 /// Nothing, of a dtype.
 #[derive(Debug, Clone, Copy)]
@@ -55,8 +55,8 @@ impl backend::Device for Device {
         Ok(Begun::Run)
     }
 
-    fn end_program(&self, _: &[View<'_, Storage>]) -> tiny_sd::Result<()> {
-        Ok(())
+    fn end_program(&self, _: &[View<'_, Storage>]) -> tiny_sd::Result<Option<Outputs<Storage>>> {
+        Ok(None)
     }
 
     fn abort_program(&self) {}

@@ -60,11 +60,13 @@ const ONLY_IN: &[(&str, &[&str])] = &[
         &[
             "src/backend/cpu/kernels/",
             "src/backend/cuda/nvidia.rs",
+            "src/backend/cuda/compiler.rs",
             "src/weights/bytes.rs",
             "src/backend/mapped.rs",
         ],
     ),
     ("cudarc", &["src/backend/cuda/nvidia.rs"]),
+    ("libloading", &["src/backend/cuda/compiler.rs", "tests/cuda/"]),
     ("clap", &["src/cli/"]),
     ("indicatif", &["src/cli/"]),
     ("ctrlc", &["src/cli/"]),

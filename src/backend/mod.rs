@@ -4,6 +4,7 @@
 //! A backend is candle's pair of traits, [`BackendStorage`] and [`BackendDevice`], plus what
 //! diffusion lives on: the fused ops of [`fused`], weights from the host, and torch's noise.
 
+pub mod cache_folder;
 pub mod cpu;
 pub mod cuda;
 pub mod elements;
@@ -102,14 +103,21 @@ pub trait Device: BackendDevice + Send + Sync + 'static {
     /// If the device is gone, or a program is being recorded already.
     fn begin_program(&self, key: &str, inputs: &[&Self::Storage]) -> Result<Begun<Self::Storage>>;
 
-    /// Ends the work that [`Begun::Record`] began: these are its results.
+    /// Ends the work that [`Begun::Record`] began: these are its results, or what is to be used
+    /// instead of them.
     ///
     /// # Errors
     /// If the device is gone.
-    fn end_program(&self, outputs: &[View<'_, Self::Storage>]) -> Result<()>;
+    fn end_program(
+        &self,
+        outputs: &[View<'_, Self::Storage>],
+    ) -> Result<Option<Outputs<Self::Storage>>>;
 
     /// The work that [`Begun::Record`] began failed.
     fn abort_program(&self);
+
+    /// The program of this key will not be asked for again.
+    fn forget_program(&self, _key: &str) {}
 
     /// Hears of weights that will be uploaded as `dtype`, all at once, so that a remote device asks
     /// once for all of them; `progress` is told bytes that were sent, and of how many: 0 of 0 while
@@ -126,6 +134,11 @@ pub trait Device: BackendDevice + Send + Sync + 'static {
 
     /// For people: `cpu`, `cuda:0`, `quic://host:port` (never a token).
     fn name(&self) -> String;
+
+    /// For people: what it did so far, in a line; `None` where it does not count.
+    fn statistics(&self) -> Option<String> {
+        None
+    }
 
     /// Which kernels it has, such as `avx512`: equal ones give equal bits. `None` where it does not
     /// say.
@@ -150,6 +163,9 @@ pub trait Device: BackendDevice + Send + Sync + 'static {
     fn upload(&self, tensor: &HostTensor, dtype: DType) -> Result<Self::Storage>;
 }
 
+/// Results of a program: buffers, and which view of each is meant.
+pub type Outputs<S> = Vec<(S, Layout)>;
+
 /// What became of a program that began.
 pub enum Begun<S> {
     /// Run it; nobody records.
@@ -157,7 +173,7 @@ pub enum Begun<S> {
     /// Run it; [`Device::end_program`] or [`Device::abort_program`] ends the recording.
     Record,
     /// It was replayed: its results.
-    Replayed(Vec<(S, Layout)>),
+    Replayed(Outputs<S>),
 }
 
 /// Where in torch's random stream noise begins.

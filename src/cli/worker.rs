@@ -13,7 +13,7 @@ use clap::{CommandFactory, Parser, ValueEnum};
 
 use super::command::usage;
 use super::job::Request;
-use crate::backend::cpu;
+use crate::backend::{cache_folder, cpu};
 use crate::error::{Error, Result};
 use crate::remote::disk_library::{self, DiskLibrary};
 use crate::remote::executor::Limits as SessionLimits;
@@ -253,10 +253,8 @@ fn open_library(folder: PathBuf, job: &WorkerJob) -> Result<DiskLibrary> {
 }
 
 fn default_cache() -> Result<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
-    let cache = cache.ok_or_else(|| Error::usage("there is no home folder: give --cache-dir"))?;
-    Ok(cache.join("tiny-sd/weights"))
+    let folder = cache_folder::of_user("weights");
+    folder.ok_or_else(|| Error::usage("there is no home folder: give --cache-dir"))
 }
 
 fn address(listen: &str) -> Result<SocketAddr> {

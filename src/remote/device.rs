@@ -16,7 +16,7 @@ use super::upload::Uploads;
 use super::wire::{MAX_INLINE_BYTES, Wire};
 use super::wire_form::WireForm;
 use crate::backend::elements::to_bytes;
-use crate::backend::{Begun, HostTensor, Noise, View};
+use crate::backend::{Begun, HostTensor, Noise, Outputs, View};
 use crate::error::Error;
 
 /// A worker, by the session with it.
@@ -109,14 +109,18 @@ impl crate::backend::Device for Device {
         })
     }
 
-    fn end_program(&self, outputs: &[View<'_, Storage>]) -> crate::Result<()> {
+    fn end_program(
+        &self,
+        outputs: &[View<'_, Storage>],
+    ) -> crate::Result<Option<Outputs<Storage>>> {
         let output = |view: &View<'_, Storage>| {
             let (meta, layout) = (view.storage.meta().clone(), view.layout.clone());
             (view.storage.id(), Output { meta, layout })
         };
         check_same_worker(self, outputs.iter().map(|view| view.storage))
             .inspect_err(|_| self.abort_program())?;
-        self.session().end_program(outputs.iter().map(output).collect())
+        self.session().end_program(outputs.iter().map(output).collect())?;
+        Ok(None)
     }
 
     fn abort_program(&self) {

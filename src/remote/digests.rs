@@ -12,8 +12,8 @@ use std::time::SystemTime;
 
 use candle_core::DType;
 
-use crate::backend::HostTensor;
 use crate::backend::host::{FileStamp, Origin};
+use crate::backend::{HostTensor, cache_folder};
 
 /// Bytes of one file: 65,536 tensors.
 const MAX_FILE_LEN: u64 = 16 << 20;
@@ -38,10 +38,7 @@ impl Digests {
 
     /// The digests of this user: in `$XDG_CACHE_HOME/tiny-sd` or `~/.cache/tiny-sd`.
     pub fn of_user() -> Option<Self> {
-        let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-        let cache = set("XDG_CACHE_HOME").map(PathBuf::from);
-        let cache = cache.or_else(|| Some(PathBuf::from(set("HOME")?).join(".cache")))?;
-        Some(Self::new(cache.join("tiny-sd/digests")))
+        cache_folder::of_user("digests").map(Self::new)
     }
 
     /// Tells the tensors the digests that are known, each as the dtype beside it.

@@ -2,11 +2,13 @@
 //! from the network and from threads: messages come in, replies go out, nothing here waits but for
 //! weights that are on their way.
 
+mod replay;
+
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use candle_core::Layout;
@@ -18,7 +20,7 @@ use super::message::{MAX_PIECE_BYTES, Message, Progress, Reply};
 use super::op::execute::{execute, execute_in_place};
 use super::op::infer::Source;
 use super::op::{Call, Id, Op};
-use super::program::{Program, Recorded, Recording, Step};
+use super::program::{Recorded, Recording};
 use super::turns::Turns;
 use super::wire::malformed;
 use crate::backend::elements::{from_bytes, to_bytes};
@@ -42,6 +44,8 @@ pub trait Arrivals: Send + Sync {
     /// If they do not come.
     fn take(&self, transfer: u64) -> Result<Vec<u8>>;
 }
+
+type Made<B> = std::result::Result<Arc<Buffer<B>>, Poison>;
 
 /// What all sessions of a worker share.
 pub struct Shared<B: Backend> {
@@ -156,7 +160,11 @@ impl<B: Backend> Executor<B> {
             }
             Message::AbortProgram => self.recording = None,
             Message::Replay { program, inputs } => self.replay(id, program, &inputs)?,
-            Message::DropProgram { program } => drop(self.programs.remove(&program)),
+            Message::DropProgram { program } => {
+                if let Some(recorded) = self.programs.remove(&program) {
+                    self.forget(&recorded);
+                }
+            }
         }
         Ok(())
     }
@@ -229,7 +237,7 @@ impl<B: Backend> Executor<B> {
     }
 
     /// The buffer under `id`, made now if it is a weight that nobody needed before.
-    fn materialise(&mut self, id: Id) -> std::result::Result<Arc<Buffer<B>>, Poison> {
+    fn materialise(&mut self, id: Id) -> Made<B> {
         match self.heap.get(id).map_err(poison)?.clone() {
             Slot::Ready(buffer) => Ok(buffer),
             Slot::Poisoned(poison) => Err(poison),
@@ -265,11 +273,7 @@ impl<B: Backend> Executor<B> {
         Ok(resolved)
     }
 
-    fn compute(
-        &self,
-        op: &Op,
-        args: &[Resolved<B>],
-    ) -> std::result::Result<Arc<Buffer<B>>, Poison> {
+    fn compute(&self, op: &Op, args: &[Resolved<B>]) -> Made<B> {
         let run = || -> Result<Arc<Buffer<B>>> {
             let meta = with_each(args, source, |sources| op.infer(sources))?;
             let storage = self.heap.check_room(&meta).and_then(|()| {
@@ -332,7 +336,7 @@ impl<B: Backend> Executor<B> {
         call: &Call,
         target: &super::op::Operand,
         mut buffer: Arc<Buffer<B>>,
-    ) -> std::result::Result<Arc<Buffer<B>>, Poison> {
+    ) -> Made<B> {
         let args = self.resolve(call)?;
         let run = || -> Result<Arc<Buffer<B>>> {
             let layout = view_of(&buffer, target.layout.as_ref())?;
@@ -378,49 +382,15 @@ impl<B: Backend> Executor<B> {
             }
         }
     }
+}
 
-    fn replay(&mut self, id: Id, program: u64, inputs: &[Id]) -> Result<()> {
-        let Some(known) = self.programs.get(&program) else {
-            return Err(malformed("names a program that is not there"));
-        };
-        let results = match known.program.clone() {
-            Err(poison) => vec![Err(poison); known.outputs],
-            Ok(program) => {
-                let inputs: Vec<_> = inputs.iter().map(|id| self.materialise(*id)).collect();
-                self.progress.replays += 1;
-                self.run_program(&program, &inputs)
-            }
-        };
-        for (result, id) in results.into_iter().zip(id.0..) {
-            self.heap.put(Id(id), slot(result))?;
-        }
-        Ok(())
-    }
-
-    fn run_program(
-        &mut self,
-        program: &Program<B>,
-        inputs: &[std::result::Result<Arc<Buffer<B>>, Poison>],
-    ) -> Vec<std::result::Result<Arc<Buffer<B>>, Poison>> {
-        let mut frame = program.frame(inputs);
-        for step in program.steps() {
-            match step {
-                Step::Free(local) => frame.free(*local),
-                Step::Call { op, args } => {
-                    self.progress.ops += 1;
-                    let result = match self.is_over.load(Ordering::Relaxed) {
-                        true => Err(Poison::from("the session is over")),
-                        false => frame.resolve(args).and_then(|args| self.compute(op, &args)),
-                    };
-                    frame.push(result);
-                }
-            }
-        }
-        program.outputs(&frame)
+impl<B: Backend> Drop for Executor<B> {
+    fn drop(&mut self) {
+        self.programs.values().for_each(|recorded| self.forget(recorded));
     }
 }
 
-fn slot<B>(made: std::result::Result<Arc<Buffer<B>>, Poison>) -> Slot<B> {
+fn slot<B>(made: Made<B>) -> Slot<B> {
     match made {
         Ok(buffer) => Slot::Ready(buffer),
         Err(poison) => Slot::Poisoned(poison),

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::Layout;
 
@@ -16,6 +17,8 @@ const MAX_BYTES: usize = 8 << 20;
 
 /// A recorded program. It holds what it uses from outside, so that nothing it needs can be freed.
 pub struct Program<B> {
+    /// What the device knows it by: no other program of this process has it.
+    key: String,
     steps: Vec<Step<B>>,
     outputs: Vec<Place<B>>,
 }
@@ -137,7 +140,7 @@ impl<B> Recording<B> {
         }
         let places = outputs.iter().filter_map(|id| self.places.get(id).cloned()).collect();
         let recorded = match self.refused {
-            None => Ok(Arc::new(Program { steps: self.steps, outputs: places })),
+            None => Ok(Arc::new(Program::new(self.steps, places))),
             Some(cause) => Err(cause),
         };
         (self.program, Recorded { outputs: outputs.len(), program: recorded })
@@ -158,6 +161,23 @@ fn bytes(call: &Call) -> usize {
 }
 
 impl<B> Program<B> {
+    fn new(steps: Vec<Step<B>>, outputs: Vec<Place<B>>) -> Self {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let key = format!("program {}", COUNT.fetch_add(1, Ordering::Relaxed));
+        Self { key, steps, outputs }
+    }
+
+    /// What the device knows it by.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
+    /// How many ops it has.
+    pub fn calls(&self) -> u64 {
+        let is_call = |step: &&Step<B>| matches!(step, Step::Call { .. });
+        self.steps.iter().filter(is_call).count() as u64
+    }
+
     /// In the order of the recording.
     pub fn steps(&self) -> &[Step<B>] {
         &self.steps
@@ -166,6 +186,11 @@ impl<B> Program<B> {
     /// A run with these inputs.
     pub fn frame<'a>(&self, inputs: &'a [Made<B>]) -> Frame<'a, B> {
         Frame { inputs, locals: Vec::new() }
+    }
+
+    /// How many results a run has.
+    pub fn outputs_len(&self) -> usize {
+        self.outputs.len()
     }
 
     /// The results of a run.

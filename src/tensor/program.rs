@@ -6,7 +6,7 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use super::Tensor;
-use crate::backend::{Backend, Begun, Device, View};
+use crate::backend::{Backend, Begun, Device, Outputs, View};
 use crate::error::{Error, Result};
 
 /// Runs `work` on `inputs`, or has the device replay what it did before.
@@ -34,12 +34,18 @@ pub fn program<B: Backend>(
         Begun::Record => {
             let output = work().inspect_err(|_| device.abort_program())?;
             let view = View { storage: &*output.storage, layout: &output.layout };
-            device.end_program(&[view])?;
-            Ok(output)
+            match device.end_program(&[view])? {
+                Some(outputs) => the_one(outputs, name),
+                None => Ok(output),
+            }
         }
-        Begun::Replayed(mut outputs) => match (outputs.pop(), outputs.is_empty()) {
-            (Some((storage, layout)), true) => Ok(Tensor { storage: Arc::new(storage), layout }),
-            _ => Err(Error::other(format!("program {name} has not the one result it had"))),
-        },
+        Begun::Replayed(outputs) => the_one(outputs, name),
+    }
+}
+
+fn the_one<B: Backend>(mut outputs: Outputs<B>, name: &str) -> Result<Tensor<B>> {
+    match (outputs.pop(), outputs.is_empty()) {
+        (Some((storage, layout)), true) => Ok(Tensor { storage: Arc::new(storage), layout }),
+        _ => Err(Error::other(format!("program {name} has not the one result it had"))),
     }
 }

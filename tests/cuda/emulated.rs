@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use libloading::Library;
-use tiny_sd::backend::cuda::driver::{Address, Driver, Launch, Numbers, Reached};
+use tiny_sd::backend::cuda::driver::{Address, Driver, Graph, Launch, Numbers, Reached};
 use tiny_sd::{Error, Result};
 
 type Kernel = unsafe extern "C" fn(*mut *mut c_void);
@@ -64,9 +64,16 @@ fn build(dtype: u32) -> Library {
 pub struct Emulated {
     /// Bytes of each buffer.
     buffers: Arc<Mutex<HashMap<u64, usize>>>,
+    /// How many it has; all if it does not say.
+    memory_bytes: Option<usize>,
 }
 
 impl Emulated {
+    /// With so much memory.
+    pub fn with_memory(memory_bytes: usize) -> Self {
+        Self { memory_bytes: Some(memory_bytes), ..Self::default() }
+    }
+
     /// Bytes that are allocated.
     pub fn held_bytes(&self) -> usize {
         self.buffers.lock().unwrap().values().sum()
@@ -102,6 +109,9 @@ impl Driver for Emulated {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Address> {
+        if self.memory_bytes.is_some_and(|most| self.held_bytes() + bytes > most) {
+            return Err(Error::out_of_memory(format_args!("there are no {bytes} bytes")));
+        }
         // SAFETY: the function's signature is that of `guarded`.
         let address = unsafe {
             let guarded = library(Numbers::F32).get::<Guarded>(b"guarded").unwrap();
@@ -143,7 +153,18 @@ impl Driver for Emulated {
         Ok(())
     }
 
-    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
+        let (from, to) = (self.place(from, bytes), self.place(to, bytes));
+        // SAFETY: `place` has checked both.
+        unsafe { to.copy_from(from, bytes) };
+        Ok(())
+    }
+
+    fn graph(&self, launches: &[Launch]) -> Result<Box<dyn Graph>> {
+        Ok(Box::new(Recorded { driver: self.clone(), launches: launches.to_vec() }))
+    }
+
+    fn launch(&self, launch: &Launch) -> Result<()> {
         // Aligned as a struct must be.
         let mut argument: Vec<u64> = launch
             .argument
@@ -169,6 +190,18 @@ impl Driver for Emulated {
 
     fn mark(&self) -> Result<Box<dyn Reached>> {
         Ok(Box::new(Done))
+    }
+}
+
+/// Launches that are made again as they were.
+struct Recorded {
+    driver: Emulated,
+    launches: Vec<Launch>,
+}
+
+impl Graph for Recorded {
+    fn launch(&self) -> Result<()> {
+        self.launches.iter().try_for_each(|launch| self.driver.launch(launch))
     }
 }
 

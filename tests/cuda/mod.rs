@@ -2,45 +2,64 @@
 //! against the CPU and against diffusers. What only a GPU shows is in `scripts/gpu-check`.
 
 mod emulated;
+mod programs;
 
-use candle_core::backend::{BackendDevice, BackendStorage};
+use std::time::{Duration, Instant};
+
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Layout};
-use tiny_sd::backend::{Backend, View, cpu, cuda};
+use tiny_sd::Result;
+use tiny_sd::backend::{Backend, cpu, cuda};
 use tiny_sd::pipeline::{Additions, LoadOptions, Pipeline, Placement};
 use tiny_sd::progress::Silent;
+use tiny_sd::remote;
 use tiny_sd::remote::op::Op;
 use tiny_sd::remote::op::cases::{Case, cases};
-use tiny_sd::remote::op::execute::{execute, execute_in_place};
 use tiny_sd::tensor::Tensor;
 use tiny_sd::weights::Model;
-use tiny_sd::{Error, Result};
 
 use super::golden::{
     cases as cases_of, check_close, fixtures, golden_picture, goldens, psnr, upload,
 };
+use super::op_cases::{run, weight};
+use super::protocol::{LIMITS, Worker};
 use emulated::Emulated;
 
 fn device() -> cuda::Device {
     cuda::Device::new(Emulated::default()).unwrap()
 }
 
-/// The case on a device: its result, read.
-fn run<B: Backend>(case: &Case, device: &B::Device) -> Result<CpuStorage> {
-    let upload = |values| Ok::<_, Error>(device.storage_from_cpu_storage(values)?);
-    let buffers: Vec<B> =
-        case.operands.iter().map(|(values, _)| upload(values)).collect::<Result<_>>()?;
-    let operands = buffers.iter().zip(&case.operands);
-    let views: Vec<_> = operands.map(|(storage, (_, layout))| View { storage, layout }).collect();
-    let result = match &case.op {
-        op if op.is_in_place() => {
-            let (values, layout) = &case.operands[0];
-            let mut target = upload(values)?;
-            execute_in_place(op, &mut target, layout, &views[1..])?;
-            target
-        }
-        op => execute(op, device, &views)?,
-    };
-    Ok(result.to_cpu_storage()?)
+#[test]
+fn every_op_gives_what_the_cpu_gives_up_to_rounding() -> Result<()> {
+    check_ops(&device())
+}
+
+#[test]
+fn a_unet_evaluation_is_that_of_diffusers_in_few_launches_and_none_of_it_on_the_host() {
+    check_unets(&device());
+}
+
+#[test]
+fn pictures_are_those_of_diffusers_in_replays_and_leave_no_memory_behind() {
+    let gpu = Emulated::default();
+    let device = cuda::Device::new(gpu.clone()).unwrap();
+    check_pictures(&device);
+    drop(device);
+    assert_eq!(gpu.held_bytes(), 0);
+}
+
+#[test]
+fn a_worker_on_a_gpu_makes_the_very_picture_in_replays() {
+    let gpu = Emulated::default();
+    let device = cuda::Device::new(gpu.clone()).unwrap();
+    check_worker(&device);
+    drop(device);
+    // The session's thread ends after the session.
+    let began = Instant::now();
+    while gpu.held_bytes() > 0 {
+        assert!(began.elapsed() < Duration::from_secs(20), "{} bytes", gpu.held_bytes());
+        std::thread::yield_now();
+    }
 }
 
 fn numbers(values: &CpuStorage) -> Vec<f64> {
@@ -70,35 +89,18 @@ fn tolerance(dtype: DType) -> f64 {
     }
 }
 
-#[test]
-fn every_op_gives_what_the_cpu_gives_up_to_rounding() -> Result<()> {
-    let (gpu, host) = (device(), cpu::Device::with_threads(2)?);
+/// Every case of the op table on this GPU and on the CPU.
+fn check_ops(gpu: &cuda::Device) -> Result<()> {
+    let host = cpu::Device::with_threads(2)?;
+    let weight = weight()?;
     let mut ran = 0;
     for case in cases() {
-        let skip = matches!(
-            case.op,
-            Op::RandUniform { .. }
-                | Op::RandNormal { .. }
-                | Op::Received { .. }
-                | Op::Weight { .. }
-        );
         let what = format!("{:?} {} {:?}", case.op, case.dtype.as_str(), case.lie);
-        if skip {
-            continue;
-        }
-        match (run::<cpu::Storage>(&case, &host), run::<cuda::Storage>(&case, &gpu)) {
+        let here = run::<cpu::Storage>(&case, &weight, &host);
+        match (here, run::<cuda::Storage>(&case, &weight, gpu)) {
             (Ok(here), Ok(there)) => {
                 ran += 1;
-                assert_eq!(here.dtype(), there.dtype(), "{what}");
-                let dtype = here.dtype();
-                let (here, there) = (numbers(&here), numbers(&there));
-                assert_eq!(here.len(), there.len(), "{what}");
-                let finite = here.iter().filter(|x| x.is_finite());
-                let most = tolerance(dtype) * finite.fold(1f64, |most, x| most.max(x.abs()));
-                for (a, b) in here.iter().zip(&there) {
-                    let same = a == b || (a.is_nan() && b.is_nan()) || (a - b).abs() <= most;
-                    assert!(same, "{what}: {a} here, {b} there");
-                }
+                check_result(&case, &here, &there, &what);
             }
             (Err(_), Err(_)) => {}
             // Of prepared weights the CPU shows nothing, and candle selects from dense ones only.
@@ -110,25 +112,44 @@ fn every_op_gives_what_the_cpu_gives_up_to_rounding() -> Result<()> {
     Ok(())
 }
 
+fn check_result(case: &Case, here: &CpuStorage, there: &CpuStorage, what: &str) {
+    let dtype = here.dtype();
+    assert_eq!(dtype, there.dtype(), "{what}");
+    let (here, there) = (numbers(here), numbers(there));
+    assert_eq!(here.len(), there.len(), "{what}");
+    if matches!(case.op, Op::RandUniform { .. } | Op::RandNormal { .. }) {
+        return;
+    }
+    let finite = here.iter().filter(|x| x.is_finite());
+    let most = tolerance(dtype) * finite.fold(1f64, |most, x| most.max(x.abs()));
+    for (a, b) in here.iter().zip(&there) {
+        let same = a == b || (a.is_nan() && b.is_nan()) || (a - b).abs() <= most;
+        assert!(same, "{what}: {a} here, {b} there");
+    }
+}
+
 fn load(model: &str, dtype: DType, device: &cuda::Device) -> Pipeline<cuda::Storage> {
+    load_on(model, dtype, device)
+}
+
+fn load_on<B: Backend>(model: &str, dtype: DType, device: &B::Device) -> Pipeline<B> {
     let folder = Model::open(fixtures().join("models").join(model), None).unwrap();
     let additions = Additions::default();
     let options = LoadOptions { dtype, variant: None, scheduler: None, encodes: false, additions };
     Pipeline::load(&folder, &options, Placement::whole(device), &Silent).unwrap()
 }
 
-#[test]
-fn a_unet_evaluation_is_that_of_diffusers_in_few_launches_and_none_of_it_on_the_host() {
-    let device = device();
+/// Evaluations of UNets against diffusers' on this GPU, counted.
+fn check_unets(device: &cuda::Device) {
     // "tiny" has segmind/tiny-sd's blocks; its images are small, and norms of large ones take two
     // launches more.
     for (model, tolerance, most) in [("tiny", 1e-5, 300), ("sd2", 5e-5, 600)] {
-        let pipeline = load(model, DType::F32, &device);
+        let pipeline = load(model, DType::F32, device);
         let goldens = goldens(model, "stages.safetensors");
         let up = |name: &str| {
             let (host, golden) = (upload_host(), &goldens[name]);
             let values = upload(golden, &host).to_vec::<f32>().unwrap();
-            Tensor::<cuda::Storage>::from_slice(&values, golden.dims(), &device).unwrap()
+            Tensor::<cuda::Storage>::from_slice(&values, golden.dims(), device).unwrap()
         };
         let timestep = up("unet_timestep").reshape(1).unwrap();
         let text = Tensor::cat(&[&up("negative_embeddings"), &up("prompt_embeddings")], 0).unwrap();
@@ -145,23 +166,39 @@ fn a_unet_evaluation_is_that_of_diffusers_in_few_launches_and_none_of_it_on_the_
     }
 }
 
-#[test]
-fn pictures_are_those_of_diffusers_and_leave_no_memory_behind() {
-    let gpu = Emulated::default();
-    let device = cuda::Device::new(gpu.clone()).unwrap();
+/// Whole pictures against diffusers' on this GPU; all evaluations of the UNet but the first are
+/// replays.
+fn check_pictures(device: &cuda::Device) {
     let (name, case) = cases_of("tiny").into_iter().find(|case| case.0 == "base").unwrap();
     let golden = golden_picture("tiny", &name);
     for (dtype, least_db) in [(DType::F32, 50.0), (DType::F16, 30.0), (DType::BF16, 20.0)] {
-        let pipeline = load("tiny", dtype, &device);
-        let on_host = device.ops_on_host();
+        let pipeline = load("tiny", dtype, device);
+        let (on_host, replays) = (device.ops_on_host(), device.replays());
         let picture = pipeline.paint(&case.request(), &Silent).unwrap();
         let found = psnr(picture.rgb(), &golden);
-        println!("{}: {found:.1} dB, {}", dtype.as_str(), device.ops_on_host() - on_host);
+        println!("{}: {found:.1} dB", dtype.as_str());
         assert!(found >= least_db, "{}: {found:.1} dB", dtype.as_str());
         assert_eq!(device.ops_on_host(), on_host, "{}", dtype.as_str());
-        drop(pipeline);
-        assert_eq!(gpu.held_bytes(), 0, "{}", dtype.as_str());
+        assert_eq!(device.replays() - replays, case.request().steps as u64 - 1);
+        let again = pipeline.paint(&case.request(), &Silent).unwrap();
+        assert!(again.rgb() == picture.rgb(), "{}: other bits", dtype.as_str());
     }
+}
+
+/// The same picture from a worker on this GPU, in replays too.
+fn check_worker(device: &cuda::Device) {
+    let case = cases_of("tiny").remove("base").unwrap();
+    let here = load("tiny", DType::F16, device).paint(&case.request(), &Silent).unwrap();
+    let worker = Worker::<cuda::Storage>::on(device.clone());
+    let session = worker.connect_with("worker", LIMITS).unwrap();
+    let pipeline = load_on::<remote::storage::Storage>("tiny", DType::F16, &session.device());
+    let replays = device.replays();
+    for round in 0..2 {
+        let there = pipeline.paint(&case.request(), &Silent).unwrap();
+        assert!(there.rgb() == here.rgb(), "round {round}: other bits");
+    }
+    // The first evaluation is recorded by the worker, the second by the GPU.
+    assert_eq!(device.replays() - replays, 2 * case.request().steps as u64 - 2);
 }
 
 fn upload_host() -> cpu::Device {

@@ -1,57 +1,23 @@
 //! Every case of the op table, on a worker and here.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
-use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{CpuStorage, DType, Layout};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType};
 use tiny_sd::Result;
-use tiny_sd::backend::elements::{from_bytes, to_bytes};
-use tiny_sd::backend::{Backend, Device, HostTensor, MetaRef, View, cpu, twin};
-use tiny_sd::remote::op::cases::{Case, Lie, cases};
-use tiny_sd::remote::op::execute::{execute, execute_in_place};
+use tiny_sd::backend::elements::to_bytes;
+use tiny_sd::backend::{MetaRef, cpu, twin};
+use tiny_sd::remote::op::cases::{Lie, cases};
 use tiny_sd::remote::op::infer::Source;
 use tiny_sd::remote::op::{Op, cases};
 use tiny_sd::remote::storage::Storage;
 use tiny_sd::remote::wire::{Reader, Wire};
 
 use super::Worker;
-
-/// The case on a device: its result, read.
-fn run<B: Backend>(case: &Case, weight: &HostTensor, device: &B::Device) -> Result<CpuStorage> {
-    let buffers: Vec<B> = case
-        .operands
-        .iter()
-        .map(|(values, _)| device.storage_from_cpu_storage(values))
-        .collect::<candle_core::Result<_>>()?;
-    let operands = buffers.iter().zip(&case.operands);
-    let views: Vec<_> = operands.map(|(storage, (_, layout))| View { storage, layout }).collect();
-    let result = match &case.op {
-        op if op.is_in_place() => {
-            let (values, layout) = &case.operands[0];
-            let mut target = device.storage_from_cpu_storage(values)?;
-            execute_in_place(op, &mut target, layout, &views[1..])?;
-            target
-        }
-        // Large enough for a stream of its own.
-        Op::Received { dtype, len, .. } => {
-            let bytes: Vec<u8> = (0..len * dtype.size_in_bytes()).map(|i| i as u8).collect();
-            assert!(bytes.len() > tiny_sd::remote::wire::MAX_INLINE_BYTES);
-            device.storage_from_cpu_storage_owned(from_bytes(*dtype, &bytes)?)?
-        }
-        Op::Weight { dtype, .. } => device.upload(weight, *dtype)?,
-        op => execute(op, device, &views)?,
-    };
-    Ok(result.to_cpu_storage()?)
-}
-
-fn weight() -> Result<HostTensor> {
-    let bytes: Vec<u8> = (0..24).flat_map(|i| (i as f32 / 7.0).to_le_bytes()).collect();
-    HostTensor::new(DType::F32, Layout::contiguous(vec![2, 3, 4]), Arc::new(bytes), 0)
-}
+use crate::op_cases::{run, weight};
 
 /// dtype and elements of what `infer` says.
-fn inferred(case: &Case) -> Result<(DType, usize)> {
+fn inferred(case: &cases::Case) -> Result<(DType, usize)> {
     let len = |values: &CpuStorage| Ok::<_, tiny_sd::Error>(to_bytes(values)?.len());
     let sources = case.operands.iter().map(|(values, layout)| {
         let meta = MetaRef { dtype: values.dtype(), layout };

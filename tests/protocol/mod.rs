@@ -5,11 +5,11 @@ mod cases;
 mod cost;
 mod hostile;
 mod picture;
-mod programs;
+pub mod programs;
 mod session;
 
 use tiny_sd::Result;
-use tiny_sd::backend::{HostTensor, cpu};
+use tiny_sd::backend::{Backend, HostTensor, cpu};
 use tiny_sd::remote::disk_library::{self, DiskLibrary};
 use tiny_sd::remote::executor::Limits;
 use tiny_sd::remote::loopback::Loopback;
@@ -21,16 +21,22 @@ use crate::views;
 
 pub const LIMITS: Limits = Limits { memory_bytes: 64 << 20, buffers: 10_000 };
 
-/// A worker on the CPU.
-pub struct Worker {
-    pub device: cpu::Device,
+/// A worker, on the CPU if nothing else is said.
+pub struct Worker<B: Backend = cpu::Storage> {
+    pub device: B::Device,
     pub library: DiskLibrary,
 }
 
 impl Worker {
     pub fn new() -> Result<Self> {
+        Ok(Self::on(cpu::Device::with_threads(1)?))
+    }
+}
+
+impl<B: Backend> Worker<B> {
+    pub fn on(device: B::Device) -> Self {
         let library = DiskLibrary::in_memory(disk_library::Limits::new(64 << 20));
-        Ok(Self { device: cpu::Device::with_threads(1)?, library })
+        Self { device, library }
     }
 
     pub fn connect(&self, name: &str) -> Result<Loopback> {
@@ -38,7 +44,7 @@ impl Worker {
     }
 
     pub fn connect_with(&self, name: &str, limits: Limits) -> Result<Loopback> {
-        let worker = worker::Worker::<cpu::Storage>::new(self.device.clone(), limits, 64 << 20);
+        let worker = worker::Worker::<B>::new(self.device.clone(), limits, 64 << 20);
         Loopback::connect(name, &worker, self.library.session())
     }
 

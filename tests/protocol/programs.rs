@@ -19,13 +19,13 @@ type Remote = Tensor<Storage>;
 
 /// A small network with everything that a step of the UNet has: views, inputs of several shapes,
 /// weights and constants of its own.
-struct Network<B> {
+pub struct Network<B> {
     weight: Weight<B>,
     bias: Tensor<B>,
 }
 
 impl<B: Backend> Network<B> {
-    fn new(device: &B::Device) -> Result<Self> {
+    pub fn new(device: &B::Device) -> Result<Self> {
         let mut random = Random(5);
         let weight: Tensor<B> = Tensor::from_slice(&random.values(64), (8, 8), device)?;
         Ok(Self {
@@ -34,7 +34,7 @@ impl<B: Backend> Network<B> {
         })
     }
 
-    fn forward(&self, x: &Tensor<B>, time: &Tensor<B>) -> Result<Tensor<B>> {
+    pub fn forward(&self, x: &Tensor<B>, time: &Tensor<B>) -> Result<Tensor<B>> {
         let scales: Tensor<B> = Tensor::from_slice(&[0.5f32; 8], 8, x.device())?;
         let time = time.unsqueeze(1)?.binary::<Mul>(&scales)?.unary::<Sin>()?;
         let hidden = x.linear(&self.weight, Some(&self.bias), Activation::Silu)?.add(&time)?;
@@ -45,12 +45,12 @@ impl<B: Backend> Network<B> {
         Tensor::cat(&[&joined, &sum], 1)?.narrow(1, 2, 9)
     }
 
-    fn step(&self, x: &Tensor<B>, time: &Tensor<B>) -> Result<Tensor<B>> {
+    pub fn step(&self, x: &Tensor<B>, time: &Tensor<B>) -> Result<Tensor<B>> {
         program("network", x.device(), &[x, time], || self.forward(x, time))
     }
 }
 
-fn inputs<B: Backend>(seed: u64, device: &B::Device) -> Result<(Tensor<B>, Tensor<B>)> {
+pub fn inputs<B: Backend>(seed: u64, device: &B::Device) -> Result<(Tensor<B>, Tensor<B>)> {
     let mut random = Random(seed);
     let x = Tensor::from_slice(&random.values(32), (1, 4, 8), device)?;
     Ok((x, Tensor::from_slice(&random.values(1), 1, device)?))

@@ -7,7 +7,7 @@ use candle_core::op::{BinaryOpT, CmpOp, ReduceOp, UnaryOpT};
 use candle_core::scalar::Scalar;
 use candle_core::{CpuStorage, DType, DeviceLocation, Layout, Result, Shape, WithDType};
 use tiny_sd::Error;
-use tiny_sd::backend::{self, Backend, Begun, Fused, HostTensor, Noise, View, cpu};
+use tiny_sd::backend::{self, Backend, Begun, Fused, HostTensor, Noise, Outputs, View, cpu};
 
 /// What is wrong with the op.
 #[derive(Debug, Clone, Copy)]
@@ -286,8 +286,8 @@ impl backend::Device for Device {
         Err(Error::other("a program, which a pair of devices must not begin"))
     }
 
-    fn end_program(&self, _: &[View<'_, Storage>]) -> tiny_sd::Result<()> {
-        Ok(())
+    fn end_program(&self, _: &[View<'_, Storage>]) -> tiny_sd::Result<Option<Outputs<Storage>>> {
+        Ok(None)
     }
 
     fn abort_program(&self) {}

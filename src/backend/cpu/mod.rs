@@ -12,7 +12,7 @@ use candle_core::backend::BackendDevice;
 use candle_core::cpu_backend::CpuDevice as CandleDevice;
 use candle_core::{CpuStorage, DType, DeviceLocation, Shape, WithDType};
 
-use crate::backend::{Begun, HostTensor, Noise, View};
+use crate::backend::{Begun, HostTensor, Noise, Outputs, View};
 use crate::error::{Error, Result};
 
 pub use kernels::transformed_bytes;
@@ -122,8 +122,8 @@ impl super::Device for Device {
         Ok(Begun::Run)
     }
 
-    fn end_program(&self, _: &[View<'_, Storage>]) -> Result<()> {
-        Ok(())
+    fn end_program(&self, _: &[View<'_, Storage>]) -> Result<Option<Outputs<Storage>>> {
+        Ok(None)
     }
 
     fn abort_program(&self) {}

@@ -51,11 +51,23 @@ pub trait Driver: std::fmt::Debug + Send + Sync + 'static {
     /// If the GPU fails, or that work did.
     fn read(&self, address: Address, bytes: &mut [u8]) -> Result<()>;
 
+    /// Copies bytes from one place of the GPU to another.
+    ///
+    /// # Errors
+    /// If the GPU fails.
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()>;
+
     /// Runs a kernel.
     ///
     /// # Errors
     /// If it cannot be compiled or launched.
-    fn launch(&self, launch: &Launch<'_>) -> Result<()>;
+    fn launch(&self, launch: &Launch) -> Result<()>;
+
+    /// Kernels that will be run as a whole, one after the other.
+    ///
+    /// # Errors
+    /// If one cannot be compiled, or the GPU fails.
+    fn graph(&self, launches: &[Launch]) -> Result<Box<dyn Graph>>;
 
     /// A point after all that was asked so far.
     ///
@@ -74,6 +86,15 @@ pub trait Reached: Send {
     /// # Errors
     /// If the GPU fails, or that work did.
     fn wait(&self) -> Result<()>;
+}
+
+/// Kernels that are run as a whole.
+pub trait Graph: Send {
+    /// Runs them.
+    ///
+    /// # Errors
+    /// If the GPU fails.
+    fn launch(&self) -> Result<()>;
 }
 
 /// A source of kernels: the file's name in `kernels/` and its text.
@@ -108,8 +129,8 @@ impl Numbers {
 }
 
 /// One kernel to run.
-#[derive(Debug)]
-pub struct Launch<'a> {
+#[derive(Debug, Clone)]
+pub struct Launch {
     /// Where it is.
     pub source: Source,
     /// What it is compiled for.
@@ -123,5 +144,5 @@ pub struct Launch<'a> {
     /// Shared memory that it asks for at the launch.
     pub shared_bytes: u32,
     /// The bytes of its one argument, a struct.
-    pub argument: &'a [u8],
+    pub argument: Vec<u8>,
 }

@@ -161,8 +161,8 @@ impl GroupNorm {
                 let [blocks, images] = ints([blocks, batch])?;
                 let grid = [blocks.cast_unsigned(), images.cast_unsigned(), 1];
                 let source = NORM;
-                let argument = &argument;
-                device.launch(&Launch {
+                let argument = argument.clone();
+                device.launch(Launch {
                     source,
                     numbers,
                     kernel,
@@ -217,14 +217,14 @@ impl LayerNorm {
                 .finish();
             let [blocks] = ints([rows.div_ceil(8)])?;
             if rows > 0 {
-                device.launch(&Launch {
+                device.launch(Launch {
                     source: NORM,
                     numbers,
                     kernel: "layer_norm",
                     grid: [blocks.cast_unsigned(), 1, 1],
                     block: 256,
                     shared_bytes: 0,
-                    argument: &argument,
+                    argument,
                 })?;
             }
             Ok(result)
@@ -276,14 +276,14 @@ impl Attention {
                 .finish();
             let [blocks, heads, images] = ints([queries.div_ceil(tile), self.heads, batch])?;
             if batch * queries > 0 {
-                device.launch(&Launch {
+                device.launch(Launch {
                     source: ATTENTION,
                     numbers,
                     kernel,
                     grid: [blocks, heads, images].map(i32::cast_unsigned),
                     block,
                     shared_bytes: 0,
-                    argument: &argument,
+                    argument,
                 })?;
             }
             Ok(result)
@@ -349,14 +349,14 @@ pub(super) fn reduced(
             false => ("reduce", rows.div_ceil(8), 256),
         };
         let [blocks] = ints([blocks])?;
-        device.launch(&Launch {
+        device.launch(Launch {
             source: NORM,
             numbers,
             kernel,
             grid: [blocks.cast_unsigned(), 1, 1],
             block,
             shared_bytes: 0,
-            argument: &argument,
+            argument,
         })?;
         Ok(result)
     };
@@ -377,7 +377,7 @@ fn geglu(x: Operand<'_, Storage>) -> Option<Result<Storage>> {
             .long(elements / size as usize)
             .int(size)
             .finish();
-        device.launch_elements((ELEMENT, "geglu"), numbers, elements, &argument)?;
+        device.launch_elements((ELEMENT, "geglu"), numbers, elements, argument)?;
         Ok(result)
     };
     Some(run())
@@ -405,7 +405,7 @@ fn combination(coefficients: &[f64], args: &[Operand<'_, Storage>]) -> Option<Re
         let [terms] = ints([args.len()])?;
         let argument = start.long(elements).int(terms).finish();
         let kernel = (ELEMENT, "linear_combination");
-        device.launch_elements(kernel, numbers, elements, &argument)?;
+        device.launch_elements(kernel, numbers, elements, argument)?;
         Ok(result)
     }))
 }
@@ -442,7 +442,7 @@ fn pixels(x: Operand<'_, Storage>) -> Option<Result<Storage>> {
             .pointer(result.address())
             .view(&view)
             .finish();
-        device.launch_elements((ELEMENT, "pixels"), numbers, elements, &argument)?;
+        device.launch_elements((ELEMENT, "pixels"), numbers, elements, argument)?;
         Ok(result)
     }))
 }

@@ -48,14 +48,14 @@ impl Device {
         (source, kernel): (Source, &'static str),
         numbers: Numbers,
         elements: usize,
-        argument: &[u8],
+        argument: Vec<u8>,
     ) -> Result<()> {
         if elements == 0 {
             return Ok(());
         }
         let blocks = elements.div_ceil(BLOCK_ELEMENTS).min(MOST_BLOCKS) as u32;
         let grid = [blocks, 1, 1];
-        self.launch(&Launch {
+        self.launch(Launch {
             source,
             numbers,
             kernel,
@@ -109,7 +109,7 @@ impl Storage {
             .long(elements)
             .finish();
         let device = self.device();
-        Some(device.launch_elements((COPY, kernel), Numbers::F32, elements, &argument))
+        Some(device.launch_elements((COPY, kernel), Numbers::F32, elements, argument))
     }
 
     /// The elements of a view as another type, row-major; None if no kernel does it.
@@ -130,7 +130,7 @@ impl Storage {
                 .int(to)
                 .finish();
             let device = self.device();
-            device.launch_elements((COPY, "cast"), Numbers::F32, elements, &argument)?;
+            device.launch_elements((COPY, "cast"), Numbers::F32, elements, argument)?;
             Ok(result)
         }))
     }
@@ -153,7 +153,7 @@ impl Storage {
                 .long(elements);
             let argument = attributes(start).finish();
             let device = self.device();
-            device.launch_elements((ELEMENT, kernel), numbers, elements, &argument)?;
+            device.launch_elements((ELEMENT, kernel), numbers, elements, argument)?;
             Ok(result)
         }))
     }
@@ -179,7 +179,7 @@ impl Storage {
                 .int(op)
                 .finish();
             let device = self.device();
-            device.launch_elements((ELEMENT, "binary"), numbers, elements, &argument)?;
+            device.launch_elements((ELEMENT, "binary"), numbers, elements, argument)?;
             Ok(result)
         }))
     }
@@ -218,7 +218,7 @@ impl Storage {
                 .int(id_type)
                 .finish();
             let device = self.device();
-            device.launch_elements((COPY, kernel), Numbers::F32, elements, &argument)?;
+            device.launch_elements((COPY, kernel), Numbers::F32, elements, argument)?;
             Ok(result)
         }))
     }
@@ -238,6 +238,6 @@ impl Storage {
             Arguments::default().pointer(self.address()).view(&view).long(elements).bits(bits);
         let device = self.device();
         let argument = argument.finish();
-        Some(device.launch_elements((COPY, kernel), Numbers::F32, elements, &argument))
+        Some(device.launch_elements((COPY, kernel), Numbers::F32, elements, argument))
     }
 }

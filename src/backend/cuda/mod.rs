@@ -6,26 +6,32 @@
 //! (`on_host`), correct and slow, and counted.
 
 mod arguments;
+pub mod compiler;
 pub mod driver;
 mod fused;
+pub mod kernel_cache;
 mod launching;
+mod memory;
 pub mod nvidia;
 mod on_host;
+mod programs;
 pub mod sources;
 mod storage;
 mod window;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cpu_backend::CpuDevice as CandleDevice;
 use candle_core::{CpuStorage, DType, DeviceLocation, Shape, WithDType};
 
-use crate::backend::{Begun, HostTensor, Noise, View, cpu};
+use crate::backend::{Begun, HostTensor, Noise, Outputs, View, cpu};
 use crate::error::{Error, Result};
-use driver::{Address, Driver, Launch, Reached};
+use driver::{Driver, Launch, Reached};
+use memory::{Counts, Hardware, Memory};
+use programs::Programs;
 
 pub use storage::Storage;
 
@@ -34,41 +40,67 @@ pub use storage::Storage;
 pub struct Device(Arc<Inner>);
 
 struct Inner {
-    driver: Box<dyn Driver>,
+    hardware: Arc<Hardware>,
     /// For ops without a kernel.
     host: cpu::Device,
-    launches: AtomicU64,
-    on_host: AtomicU64,
+    programs: Programs,
 }
 
 impl Device {
+    /// A GPU of this machine, whose compiled kernels are kept for this user.
+    ///
+    /// # Errors
+    /// If there is no driver, or no GPU of this number.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        Self::new(nvidia::Nvidia::open(ordinal, kernel_cache::KernelCache::of_user())?)
+    }
+
     /// The GPU of a driver.
     ///
     /// # Errors
     /// If the threads for ops without a kernel cannot be started.
     pub fn new(driver: impl Driver) -> Result<Self> {
-        let (launches, on_host) = (AtomicU64::new(0), AtomicU64::new(0));
-        let host = cpu::Device::with_threads(0)?;
-        Ok(Self(Arc::new(Inner { driver: Box::new(driver), host, launches, on_host })))
+        let hardware = Hardware { driver: Box::new(driver), counts: Counts::default() };
+        let (hardware, host) = (Arc::new(hardware), cpu::Device::with_threads(0)?);
+        Ok(Self(Arc::new(Inner { hardware, host, programs: Programs::default() })))
     }
 
-    /// How many kernels were launched so far.
+    /// How many kernels were launched so far, one by one.
     pub fn launches(&self) -> u64 {
-        self.0.launches.load(Ordering::Relaxed)
+        self.counts().launches.load(Ordering::Relaxed)
+    }
+
+    /// How many programs were launched so far as a whole.
+    pub fn replays(&self) -> u64 {
+        self.counts().replays.load(Ordering::Relaxed)
     }
 
     /// How many ops were computed on the host so far, for want of a kernel.
     pub fn ops_on_host(&self) -> u64 {
-        self.0.on_host.load(Ordering::Relaxed)
+        self.counts().on_host.load(Ordering::Relaxed)
+    }
+
+    fn hardware(&self) -> &Arc<Hardware> {
+        &self.0.hardware
     }
 
     fn driver(&self) -> &dyn Driver {
-        &*self.0.driver
+        &*self.0.hardware.driver
     }
 
-    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        self.0.launches.fetch_add(1, Ordering::Relaxed);
-        self.driver().launch(launch)
+    fn counts(&self) -> &Counts {
+        &self.0.hardware.counts
+    }
+
+    fn programs(&self) -> &Programs {
+        &self.0.programs
+    }
+
+    fn launch(&self, launch: Launch) -> Result<()> {
+        self.counts().launches.fetch_add(1, Ordering::Relaxed);
+        self.driver().launch(&launch)?;
+        self.programs().note(launch);
+        Ok(())
     }
 
     fn host(&self) -> &cpu::Device {
@@ -92,51 +124,73 @@ impl Device {
     fn elements(&self, dtype: DType, elements: usize) -> Result<Storage> {
         let bytes = elements.checked_mul(dtype.size_in_bytes());
         let bytes = bytes.ok_or_else(|| Error::other(format!("{elements} are too many")))?;
-        Ok(Storage::new(self.buffer(bytes)?, dtype, elements))
+        Ok(Storage::new(Buffer::new(self, bytes)?, dtype, elements))
     }
 
     fn count_on_host(&self) {
-        self.0.on_host.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Memory for so many bytes; its content is not defined.
-    fn buffer(&self, bytes: usize) -> Result<Buffer> {
-        // Of nothing, a byte: an address that is no other buffer's.
-        let address = self.driver().allocate(bytes.max(1))?;
-        Ok(Buffer { address, bytes, device: self.clone() })
+        self.counts().on_host.fetch_add(1, Ordering::Relaxed);
+        self.programs().refuse();
     }
 }
 
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "cuda::Device({:?})", self.0.driver)
+        write!(f, "cuda::Device({:?})", self.driver())
     }
 }
 
-/// A piece of the GPU's memory, given back when it is dropped.
+/// Memory, and the device that has it.
 struct Buffer {
-    address: Address,
-    bytes: usize,
+    memory: Arc<Memory>,
     device: Device,
 }
 
 impl Buffer {
+    /// So many bytes, whose content is not defined until a kernel has written it.
+    fn new(device: &Device, bytes: usize) -> Result<Self> {
+        Self::take(device, bytes, false)
+    }
+
+    /// So many bytes, to be written from here: a recorded program finds them there in every run.
+    fn for_content(device: &Device, bytes: usize) -> Result<Self> {
+        Self::take(device, bytes, true)
+    }
+
+    /// So many bytes that are no program's own, also while one is recorded.
+    fn outside_of_programs(device: &Device, bytes: usize) -> Result<Self> {
+        Ok(Self {
+            memory: Arc::new(Memory::new(device.hardware(), bytes)?),
+            device: device.clone(),
+        })
+    }
+
+    fn take(device: &Device, bytes: usize, is_kept: bool) -> Result<Self> {
+        let arena = device.programs().arena();
+        let take = || match &arena {
+            Some(arena) => arena.take(bytes, is_kept),
+            None => Memory::new(device.hardware(), bytes),
+        };
+        // Programs can be recorded again; a picture that fails is lost.
+        let is_free = |error: &Error| error.is_out_of_memory() && device.programs().forget_all();
+        let memory = match take() {
+            Err(error) if is_free(&error) => take()?,
+            taken => taken?,
+        };
+        Ok(Self { memory: Arc::new(memory), device: device.clone() })
+    }
+
     fn of(device: &Device, bytes: &[u8]) -> Result<Self> {
-        let buffer = device.buffer(bytes.len())?;
-        device.driver().write(buffer.address, bytes)?;
+        let buffer = Self::for_content(device, bytes.len())?;
+        device.driver().write(buffer.memory.address(), bytes)?;
         Ok(buffer)
     }
 
     fn read(&self) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; self.bytes];
-        self.device.driver().read(self.address, &mut bytes)?;
+        // What is known here could change what is asked for next.
+        self.device.programs().refuse();
+        let mut bytes = vec![0; self.memory.bytes()];
+        self.device.driver().read(self.memory.address(), &mut bytes)?;
         Ok(bytes)
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        self.device.driver().free(self.address);
     }
 }
 
@@ -155,15 +209,21 @@ impl super::Device for Device {
         mark.is_reached()
     }
 
-    fn begin_program(&self, _: &str, _: &[&Storage]) -> Result<Begun<Storage>> {
-        Ok(Begun::Run)
+    fn begin_program(&self, key: &str, inputs: &[&Storage]) -> Result<Begun<Storage>> {
+        self.programs().begin(self, key, inputs)
     }
 
-    fn end_program(&self, _: &[View<'_, Storage>]) -> Result<()> {
-        Ok(())
+    fn end_program(&self, outputs: &[View<'_, Storage>]) -> Result<Option<Outputs<Storage>>> {
+        self.programs().end(self, outputs)
     }
 
-    fn abort_program(&self) {}
+    fn abort_program(&self) {
+        drop(self.programs().take());
+    }
+
+    fn forget_program(&self, key: &str) {
+        self.programs().forget(key);
+    }
 
     /// The bus is not waited for.
     fn announce(
@@ -177,6 +237,15 @@ impl super::Device for Device {
 
     fn name(&self) -> String {
         format!("cuda:{}", self.driver().ordinal())
+    }
+
+    fn statistics(&self) -> Option<String> {
+        Some(format!("{}: {}", self.name(), self.counts()))
+    }
+
+    /// The GPU's name: two of one kind give equal bits.
+    fn kernel_path(&self) -> Option<String> {
+        Some(format!("cuda {}", self.driver().name()))
     }
 
     fn default_dtype(&self) -> DType {
@@ -197,7 +266,7 @@ impl BackendDevice for Device {
     type Storage = Storage;
 
     fn new(ordinal: usize) -> candle_core::Result<Self> {
-        Ok(Self::new(nvidia::Nvidia::open(ordinal)?)?)
+        Ok(Self::open(ordinal)?)
     }
 
     fn location(&self) -> DeviceLocation {
@@ -212,8 +281,8 @@ impl BackendDevice for Device {
         let elements = shape.elem_count();
         let bytes = elements.checked_mul(dtype.size_in_bytes());
         let bytes = bytes.ok_or_else(|| Error::other(format!("{shape:?} is too large")))?;
-        let buffer = self.buffer(bytes)?;
-        self.driver().clear(buffer.address, bytes)?;
+        let buffer = Buffer::for_content(self, bytes)?;
+        self.driver().clear(buffer.memory.address(), bytes)?;
         Ok(Storage::new(buffer, dtype, elements))
     }
 

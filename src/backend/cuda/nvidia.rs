@@ -1,17 +1,19 @@
-//! A real GPU, by NVIDIA's driver and run-time compiler, which are loaded if they are there.
-//! Separate because all that is unsafe about a GPU is here.
+//! A real GPU, by NVIDIA's driver, which is loaded if it is there. Separate because what is unsafe
+//! about a GPU is here.
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ptr::{null, null_mut};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DriverError, result, sys,
 };
-use cudarc::nvrtc;
+use cudarc::nvrtc::Ptx;
 
-use super::driver::{Address, Driver, Launch, Numbers, Reached, Source};
-use super::sources::whole;
+use super::compiler::{Compiler, loaded_from};
+use super::driver::{Address, Driver, Graph, Launch, Numbers, Reached, Source};
+use super::kernel_cache::KernelCache;
 use crate::error::{Error, Result};
 
 /// Shared memory of a block that needs no asking.
@@ -26,11 +28,65 @@ pub struct Nvidia {
     multiprocessors: usize,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    cache: KernelCache,
+    /// Looked for when the cache lacks something.
+    compiler: OnceLock<Result<Compiler>>,
     modules: Mutex<HashMap<(Source, Numbers), Arc<CudaModule>>>,
     functions: Mutex<HashMap<(&'static str, Numbers), CudaFunction>>,
 }
 
+/// What the driver says of a GPU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Its number, as in `cuda:0`.
+    pub ordinal: usize,
+    /// Its name.
+    pub name: String,
+    /// Its compute capability, major and minor.
+    pub capability: (i32, i32),
+    /// Its memory.
+    pub memory_bytes: usize,
+    /// What of it nobody uses.
+    pub free_bytes: usize,
+    /// Parts that share the work.
+    pub multiprocessors: usize,
+}
+
+/// The newest version of CUDA that the driver serves, major and minor, and where the driver is.
+///
+/// # Errors
+/// If there is none, or it does not start.
+pub fn driver_version() -> Result<((i32, i32), Option<String>)> {
+    Nvidia::count()?;
+    let mut version = 0;
+    // SAFETY: the driver is loaded; the place is there.
+    unsafe { sys::cuDriverGetVersion(&raw mut version) }
+        .result()
+        .map_err(|error| failed("its version", error))?;
+    Ok(((version / 1000, version % 1000 / 10), loaded_from("libcuda.so")))
+}
+
 impl Nvidia {
+    /// All GPUs that the driver has.
+    ///
+    /// # Errors
+    /// As [`count`](Self::count), or if a GPU cannot be opened.
+    pub fn list() -> Result<Vec<Found>> {
+        let found = |ordinal| {
+            let gpu = Self::open(ordinal, KernelCache::of_user())?;
+            let (memory_bytes, free_bytes) = gpu.memory()?;
+            Ok(Found {
+                ordinal,
+                capability: (gpu.architecture / 10, gpu.architecture % 10),
+                memory_bytes,
+                free_bytes,
+                multiprocessors: gpu.multiprocessors,
+                name: gpu.name,
+            })
+        };
+        (0..Self::count()?).map(found).collect()
+    }
+
     /// How many GPUs the driver has, or in one line why it has none.
     ///
     /// # Errors
@@ -44,11 +100,11 @@ impl Nvidia {
         Ok(usize::try_from(count).unwrap_or_default())
     }
 
-    /// Opens a GPU.
+    /// Opens a GPU, whose compiled kernels are kept in `cache`.
     ///
     /// # Errors
-    /// If there is none of this number, or no run-time compiler.
-    pub fn open(ordinal: usize) -> Result<Self> {
+    /// If there is none of this number.
+    pub fn open(ordinal: usize, cache: KernelCache) -> Result<Self> {
         let count = Self::count()?;
         if ordinal >= count {
             let problem = format!("there is no GPU {ordinal}: the driver has {count}");
@@ -72,6 +128,8 @@ impl Nvidia {
             multiprocessors: usize::try_from(multiprocessors).unwrap_or(1),
             context,
             stream,
+            cache,
+            compiler: OnceLock::new(),
             modules: Mutex::default(),
             functions: Mutex::default(),
         })
@@ -90,18 +148,35 @@ impl Nvidia {
         self.context.bind_to_thread().map_err(|error| failed("its context", error))
     }
 
-    fn function(&self, launch: &Launch<'_>) -> Result<CudaFunction> {
+    /// The kernel of a launch, ready for its shared memory.
+    fn function(&self, launch: &Launch) -> Result<CudaFunction> {
         let key = (launch.kernel, launch.numbers);
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(function) = functions.get(&key) {
-            return Ok(function.clone());
+        let function = match functions.get(&key) {
+            Some(function) => function.clone(),
+            None => {
+                let module = self.module(launch.source, launch.numbers)?;
+                let function = module
+                    .load_function(launch.kernel)
+                    .map_err(|error| failed(&format!("the kernel {}", launch.kernel), error))?;
+                functions.insert(key, function.clone());
+                function
+            }
+        };
+        if launch.shared_bytes > PLAIN_SHARED_BYTES {
+            let attribute =
+                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let bytes = launch.shared_bytes.cast_signed();
+            function.set_attribute(attribute, bytes).map_err(|e| failed(launch.kernel, e))?;
         }
-        let module = self.module(launch.source, launch.numbers)?;
-        let function = module
-            .load_function(launch.kernel)
-            .map_err(|error| failed(&format!("the kernel {}", launch.kernel), error))?;
-        functions.insert(key, function.clone());
         Ok(function)
+    }
+
+    fn compile(&self, source: Source, numbers: Numbers) -> Result<Vec<u8>> {
+        let find = || Compiler::find(driver_version().ok().map(|(version, _)| version.0));
+        let compiler = self.compiler.get_or_init(find).as_ref().map_err(Clone::clone)?;
+        let compiled = compiler.compile(source, numbers, self.architecture);
+        compiled.map_err(|error| error.context(source.name))
     }
 
     fn module(&self, source: Source, numbers: Numbers) -> Result<Arc<CudaModule>> {
@@ -109,44 +184,16 @@ impl Nvidia {
         if let Some(module) = modules.get(&(source, numbers)) {
             return Ok(module.clone());
         }
-        let compiled = compile(source, numbers, self.architecture)?;
+        let key = (source, numbers);
+        let compile = || self.compile(source, numbers);
+        let code = self.cache.get_or(key, self.architecture, compile)?;
         let module = self
             .context
-            .load_module(compiled)
+            .load_module(Ptx::from_binary(code))
             .map_err(|error| failed(&format!("the kernels of {}", source.name), error))?;
         modules.insert((source, numbers), module.clone());
         Ok(module)
     }
-}
-
-/// Compiles a source for a compute capability, which needs neither a GPU nor a driver.
-///
-/// # Errors
-/// If there is no run-time compiler, or it refuses: its log.
-pub fn compile(source: Source, numbers: Numbers, architecture: i32) -> Result<nvrtc::Ptx> {
-    // SAFETY: it only opens and closes libraries.
-    if !unsafe { nvrtc::sys::is_culib_present() } {
-        return Err(Error::usage(
-            "there is no run-time compiler of NVIDIA here (libnvrtc.so): it comes with the CUDA \
-             toolkit, or with `pip install nvidia-cuda-nvrtc`",
-        ));
-    }
-    let options = nvrtc::CompileOptions {
-        name: Some(source.name.to_owned()),
-        options: vec![
-            format!("--gpu-architecture=compute_{architecture}"),
-            format!("-DDTYPE={}", numbers.code()),
-            "--fmad=true".to_owned(),
-        ],
-        ..Default::default()
-    };
-    nvrtc::compile_ptx_with_opts(whole(source), options).map_err(|error| {
-        let log = match &error {
-            nvrtc::CompileError::CompileError { log, .. } => log.to_string_lossy().into_owned(),
-            error => format!("{error:?}"),
-        };
-        Error::other(format!("{} for compute_{architecture}: {}", source.name, log.trim()))
-    })
 }
 
 /// Lets the pool keep what is freed: else every picture would begin with new memory.
@@ -193,7 +240,7 @@ impl Driver for Nvidia {
                 return failed("memory", error);
             }
             let free = self.memory().map_or(0, |(_, free)| free);
-            Error::other(format!(
+            Error::out_of_memory(format_args!(
                 "the GPU has no {bytes} bytes more ({free} are free): try a smaller picture, \
                  --dtype f16, --vae-tiling, or a smaller --batch-size"
             ))
@@ -231,15 +278,29 @@ impl Driver for Nvidia {
             .map_err(|error| failed("its work", error))
     }
 
-    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: both of the caller's buffers have so many bytes.
+        unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream.cu_stream()) }
+            .map_err(|error| failed("copying", error))
+    }
+
+    fn graph(&self, launches: &[Launch]) -> Result<Box<dyn Graph>> {
+        self.bind()?;
+        let functions = launches.iter().map(|launch| self.function(launch));
+        let functions = functions.collect::<Result<Vec<_>>>()?;
+        let graph = Nodes::new().and_then(|mut nodes| {
+            let all = launches.iter().zip(&functions);
+            all.into_iter().try_for_each(|(launch, function)| nodes.push(launch, function))?;
+            nodes.instantiate()
+        });
+        let graph = graph.map_err(|error| failed("a graph", error))?;
+        Ok(Box::new(Instantiated { graph, functions, stream: self.stream.clone() }))
+    }
+
+    fn launch(&self, launch: &Launch) -> Result<()> {
         self.bind()?;
         let function = self.function(launch)?;
-        if launch.shared_bytes > PLAIN_SHARED_BYTES {
-            let attribute =
-                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            let bytes = launch.shared_bytes.cast_signed();
-            function.set_attribute(attribute, bytes).map_err(|e| failed(launch.kernel, e))?;
-        }
         let [x, y, z] = launch.grid;
         // The driver copies it at once.
         let mut arguments = [launch.argument.as_ptr().cast_mut().cast()];
@@ -262,6 +323,103 @@ impl Driver for Nvidia {
         let event =
             self.stream.record_event(None).map_err(|error| failed("marking its work", error))?;
         Ok(Box::new(Event(event)))
+    }
+}
+
+/// A graph that is being made: its kernels run one after the other.
+struct Nodes {
+    graph: sys::CUgraph,
+    last: Option<sys::CUgraphNode>,
+}
+
+impl Nodes {
+    fn new() -> std::result::Result<Self, DriverError> {
+        let mut graph = null_mut();
+        // SAFETY: the place is there.
+        unsafe { sys::cuGraphCreate(&raw mut graph, 0) }.result()?;
+        Ok(Self { graph, last: None })
+    }
+
+    fn push(
+        &mut self,
+        launch: &Launch,
+        function: &CudaFunction,
+    ) -> std::result::Result<(), DriverError> {
+        let mut arguments = [launch.argument.as_ptr().cast_mut().cast()];
+        let [grid_x, grid_y, grid_z] = launch.grid;
+        let kernel = sys::CUDA_KERNEL_NODE_PARAMS {
+            func: function.cu_function(),
+            gridDimX: grid_x,
+            gridDimY: grid_y,
+            gridDimZ: grid_z,
+            blockDimX: launch.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared_bytes,
+            kernelParams: arguments.as_mut_ptr(),
+            extra: null_mut(),
+            kern: null_mut(),
+            ctx: null_mut(),
+        };
+        let before = self.last.as_ref().map_or(null(), std::ptr::from_ref);
+        let count = usize::from(self.last.is_some());
+        let mut node = null_mut();
+        // SAFETY: the driver copies the argument, which is the struct that the kernel takes; what it
+        // points to lasts as long as the program. The node before is of this graph.
+        unsafe {
+            sys::cuGraphAddKernelNode_v2(
+                &raw mut node,
+                self.graph,
+                before,
+                count,
+                &raw const kernel,
+            )
+        }
+        .result()?;
+        self.last = Some(node);
+        Ok(())
+    }
+
+    fn instantiate(self) -> std::result::Result<sys::CUgraphExec, DriverError> {
+        // SAFETY: the graph is whole.
+        unsafe { result::graph::instantiate(self.graph, sys::CUgraphInstantiate_flags(0)) }
+    }
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        // SAFETY: what was instantiated is a copy. A failure is told by the next call.
+        let _ = unsafe { sys::cuGraphDestroy(self.graph) }.result();
+    }
+}
+
+/// A graph that can be launched.
+struct Instantiated {
+    graph: sys::CUgraphExec,
+    #[allow(dead_code, reason = "they keep the code as long as the graph")]
+    functions: Vec<CudaFunction>,
+    stream: Arc<CudaStream>,
+}
+
+// SAFETY: a graph belongs to its context and to no thread; who has it uses it alone.
+unsafe impl Send for Instantiated {}
+
+impl Graph for Instantiated {
+    fn launch(&self) -> Result<()> {
+        let launched = self.stream.context().bind_to_thread().and_then(|()| {
+            // SAFETY: the graph is whole, and what its kernels point to is its program's.
+            unsafe { sys::cuGraphLaunch(self.graph, self.stream.cu_stream()) }.result()
+        });
+        launched.map_err(|error| failed("a graph", error))
+    }
+}
+
+impl Drop for Instantiated {
+    fn drop(&mut self) {
+        // It may be running. A failure is told by the next call.
+        let _ = self.stream.synchronize();
+        // SAFETY: it is not running, and nobody else has it.
+        let _ = unsafe { result::graph::exec_destroy(self.graph) };
     }
 }
 

@@ -1,6 +1,8 @@
 //! A buffer in a GPU's memory. Separate because the forwarding of candle's ops is long and says
 //! nothing new.
 
+use std::sync::Arc;
+
 use candle_core::backend::BackendStorage;
 use candle_core::conv::{ParamsConv1D, ParamsConv2D, ParamsConvTranspose1D, ParamsConvTranspose2D};
 use candle_core::op::{BinaryOpT, CmpOp, ReduceOp, UnaryOpT};
@@ -9,6 +11,7 @@ use candle_core::{CpuStorage, DType, Layout, Result};
 
 use super::driver::Address;
 use super::fused::{fused, reduced};
+use super::memory::Memory;
 use super::{Buffer, Device};
 use crate::backend::elements::{from_bytes, to_bytes};
 use crate::backend::order::fits;
@@ -36,14 +39,32 @@ impl Storage {
         self.is_prepared
     }
 
-    /// Where it begins.
-    pub(super) fn address(&self) -> Address {
-        self.buffer.address
+    /// How many there are.
+    pub(super) fn elements(&self) -> usize {
+        self.elements
     }
 
-    /// Where an element is.
+    pub(super) fn memory(&self) -> &Arc<Memory> {
+        &self.buffer.memory
+    }
+
+    /// Where a kernel finds it.
+    pub(super) fn address(&self) -> Address {
+        self.buffer.device.programs().place(self.memory())
+    }
+
+    /// Where a kernel finds an element.
     pub(super) fn at(&self, element: usize) -> Address {
-        Address(self.buffer.address.0 + (element * self.dtype.size_in_bytes()) as u64)
+        Address(self.address().0 + (element * self.dtype.size_in_bytes()) as u64)
+    }
+
+    /// Makes it a copy if somebody else has the same memory, or a program knows it.
+    fn make_own(&mut self) -> Result<()> {
+        let may_write = self.buffer.device.programs().may_write(&self.buffer.memory);
+        if !may_write || Arc::get_mut(&mut self.buffer.memory).is_none() {
+            *self = self.try_clone(&Layout::contiguous(self.elements))?;
+        }
+        Ok(())
     }
 
     /// A copy of elements in this process's memory.
@@ -289,6 +310,7 @@ impl BackendStorage for Storage {
 
     fn copy_strided_src(&self, dst: &mut Self, dst_offset: usize, l: &Layout) -> Result<()> {
         let place = Layout::contiguous_with_offset(l.shape().clone(), dst_offset);
+        dst.make_own()?;
         // candle leaves out what does not fit.
         let fits = fits(&place, dst.elements);
         if let Some(copied) = fits.then(|| dst.take(&place, self, l)).flatten() {
@@ -315,6 +337,7 @@ impl BackendStorage for Storage {
     }
 
     fn const_set(&mut self, value: Scalar, l: &Layout) -> Result<()> {
+        self.make_own()?;
         let bits = bits_of(value, self.dtype);
         match bits.and_then(|bits| self.filled(l, bits)) {
             Some(filled) => Ok(filled?),

@@ -68,14 +68,14 @@ impl Window {
             if is_large { ("conv2d_large", 128, 256) } else { ("conv2d_small", 64, 128) };
         let [across, down] = ints([rows.div_ceil(tile), self.out.div_ceil(tile)])?;
         if rows > 0 {
-            device.launch(&Launch {
+            device.launch(Launch {
                 source: CONV2D,
                 numbers,
                 kernel,
                 grid: [across.cast_unsigned(), down.cast_unsigned(), 1],
                 block,
                 shared_bytes: 0,
-                argument: &argument,
+                argument,
             })?;
         }
         Ok(result)
