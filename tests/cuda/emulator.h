@@ -18,11 +18,13 @@
 #define DYNAMIC_SHARED(Type, name) Type *name = (Type *)emulated_shared
 #define UNROLL
 #define KEEP_LOOP
-/* A kernel is exported as a function of the array of pointers to its arguments. */
+/* A kernel is exported as a function of the array of pointers to its arguments, beside how many
+ * threads it is built for and the size of its one argument, which a driver has to copy. */
 #define KERNEL(name, threads, Arguments)                                                           \
     static void name##_thread(const Arguments a);                                                  \
     void name(void **arguments) { name##_thread(*(const Arguments *)arguments[0]); }               \
     const int name##_threads = threads;                                                            \
+    const int name##_argument_bytes = sizeof(Arguments);                                           \
     static void name##_thread(const Arguments a)
 
 typedef struct {
