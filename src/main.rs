@@ -14,6 +14,7 @@ fn main() -> ExitCode {
             Request::Explain(job) => cli::explain(&job)?,
             Request::Tell(job) => cli::tell(&job)?,
             Request::Models(job) => cli::models(&job)?,
+            Request::Devices(job) => cli::list_devices(job)?,
             Request::Schedulers(job) => cli::list_schedulers(job)?,
             Request::Verify(job) => return cli::verify(&job, &mut cli::open),
             Request::Batch(job) => return cli::batch(&job),

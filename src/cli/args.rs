@@ -254,8 +254,10 @@ pub(super) struct ModelArgs {
     #[arg(long, value_name = "TYPE", default_value = "auto")]
     pub dtype: DtypeChoice,
 
-    /// Where it is computed: auto, cpu, quic://… of a worker, @FILE with such a URL, or mock
+    /// Where it is computed: auto, cpu, cuda, cuda:N, quic://… of a worker, @FILE with such a URL,
+    /// or mock
     ///
+    /// auto is what TINY_SD_DEVICE says, else cpu; `tiny-sd devices` lists what this machine has.
     /// text=DEVICE,unet=DEVICE,vae=DEVICE places the stages; one that is not named is auto. mock
     /// is a worker inside of this process.
     #[arg(long, value_name = "DEVICE", default_value = "auto", action = ArgAction::Append)]
@@ -367,6 +369,7 @@ Examples:
   tiny-sd \"a fox\" --scheduler euler-a
   tiny-sd \"a fox\" --scheduler \"DPM++ 2M Karras\"
   tiny-sd schedulers                             all of them (tiny-sd schedulers --help)
+  tiny-sd devices                                what --device may be here
   tiny-sd \"a fox\" --clip-skip 1                  what others call \"Clip skip: 2\"
   tiny-sd \"a fox\" --dtype f32 --device cpu --threads 8
   tiny-sd \"a fox\" -W 1024 -H 1024 --vae-tiling  less memory at the end
@@ -408,11 +411,13 @@ Environment:
                     the way to the hub
   TINY_SD_MODEL     what --model is where it is not given
   TINY_SD_DEVICE    what --device auto means: whatever --device takes
+  TINY_SD_CUDA_LIBS folders with NVIDIA's run-time compiler, before those that are looked into
   TINY_SD_ISA       kernels of the CPU: avx512bf16, avx512, avx2, neon or portable [default: the
                     best that the processor has]
   TINY_SD_CONFIG    the file of defaults [default: ~/.config/tiny-sd/config.toml, or beside it in
                     XDG_CONFIG_HOME]; empty for none
-  XDG_CACHE_HOME    what workers and clients know of weights is in its tiny-sd [default: ~/.cache]
+  XDG_CACHE_HOME    what workers and clients know of weights, and compiled kernels, are in its
+                    tiny-sd [default: ~/.cache]
   XDG_STATE_HOME    a worker's certificate and token are in its tiny-sd [default: ~/.local/state]
   NO_COLOR          1 shows this help without colours; nothing else has any
 

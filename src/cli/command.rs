@@ -7,7 +7,7 @@ use clap::error::ContextKind;
 use crate::error::{Error, Result};
 
 /// The commands, but for `man`: honest prompts are near that.
-const COMMANDS: [&str; 11] = [
+const COMMANDS: [&str; 12] = [
     "help",
     "worker",
     "compare",
@@ -15,6 +15,7 @@ const COMMANDS: [&str; 11] = [
     "verify",
     "batch",
     "models",
+    "devices",
     "schedulers",
     "completions",
     "config",

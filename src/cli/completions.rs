@@ -10,7 +10,7 @@ use clap_mangen::Man;
 use super::args::Args;
 use super::command::usage;
 use super::job::Request;
-use super::{batch, compare, config, explain, info, models, schedulers, verify, worker};
+use super::{batch, compare, config, devices, explain, info, models, schedulers, verify, worker};
 use crate::error::{Error, Result};
 
 /// Whose completions.
@@ -109,7 +109,7 @@ fn text(bytes: Vec<u8>) -> Result<String> {
 }
 
 /// All commands, each under its own name.
-fn commands() -> [(&'static str, Command); 11] {
+fn commands() -> [(&'static str, Command); 12] {
     [
         ("worker", worker::command()),
         ("compare", compare::command()),
@@ -118,6 +118,7 @@ fn commands() -> [(&'static str, Command); 11] {
         ("verify", verify::command()),
         ("batch", batch::command()),
         ("models", models::command()),
+        ("devices", devices::command()),
         ("schedulers", schedulers::command()),
         ("config", config::command()),
         ("completions", CompletionsArgs::command()),

@@ -14,6 +14,8 @@ pub enum DeviceSpec {
     Auto,
     /// This machine's processor.
     Cpu,
+    /// An NVIDIA GPU of this machine, by its number.
+    Cuda(usize),
     /// A worker inside of this process, reached over the loopback network.
     Mock,
     /// A worker elsewhere.
@@ -114,15 +116,32 @@ impl FromStr for DeviceSpec {
             "auto" => Ok(DeviceSpec::Auto),
             "cpu" => Ok(DeviceSpec::Cpu),
             "mock" => Ok(DeviceSpec::Mock),
+            text if text == "cuda" || text.starts_with("cuda:") => {
+                Ok(DeviceSpec::Cuda(cuda_ordinal(text)?))
+            }
             text if text.starts_with('@') || text.contains("://") => {
                 let url = PairingUrl::from_argument(text).map_err(|error| error.to_string())?;
                 Ok(DeviceSpec::Remote(Box::new(url)))
             }
-            _ => Err("one of auto, cpu, mock, quic://… or @FILE with such a URL, for all or as \
-                      text=…,unet=…,vae=…"
+            _ => Err("one of auto, cpu, cuda, cuda:N, mock, quic://… or @FILE with such a URL, \
+                      for all or as text=…,unet=…,vae=…"
                 .into()),
         }
     }
+}
+
+/// The number of a GPU: `cuda` is the first one, `cuda:1` the second.
+///
+/// # Errors
+/// If it is written otherwise.
+pub(super) fn cuda_ordinal(text: &str) -> std::result::Result<usize, String> {
+    let number = match text.strip_prefix("cuda") {
+        Some("") => Some(0),
+        Some(rest) => rest.strip_prefix(':').and_then(|number| number.parse::<u8>().ok()),
+        None => None,
+    };
+    let number = number.ok_or_else(|| format!("{text:?} names no GPU: cuda, cuda:0, cuda:1, …"));
+    number.map(usize::from)
 }
 
 /// Without the token.
@@ -131,6 +150,7 @@ impl fmt::Display for DeviceSpec {
         match self {
             DeviceSpec::Auto => f.write_str("auto"),
             DeviceSpec::Cpu => f.write_str("cpu"),
+            DeviceSpec::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
             DeviceSpec::Mock => f.write_str("mock"),
             DeviceSpec::Remote(url) => write!(f, "quic://{}", url.name()),
         }
@@ -148,6 +168,10 @@ mod tests {
             assert_eq!(found.map_or_else(|error| error, |plan| plan.to_string()), expected);
         };
         check("cpu", "cpu");
+        check("cuda", "cuda:0");
+        check("text=cpu,unet=cuda:1,vae=cuda", "text=cpu,unet=cuda:1,vae=cuda:0");
+        check("cuda:x", "\"cuda:x\" names no GPU: cuda, cuda:0, cuda:1, …");
+        check("cuda:256", "\"cuda:256\" names no GPU: cuda, cuda:0, cuda:1, …");
         check("text=cpu,unet=mock,vae=mock", "text=cpu,unet=mock,vae=mock");
         check("vae=cpu,text=cpu,unet=cpu", "cpu");
         check("unet=mock", "text=auto,unet=mock,vae=auto");

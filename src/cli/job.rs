@@ -17,6 +17,7 @@ use super::compare::{self, CompareJob};
 use super::completions;
 use super::config::{self, Scope};
 use super::device::DevicePlan;
+use super::devices::{self, DevicesJob};
 use super::explain::{self, ExplainJob};
 use super::from;
 use super::graphics::PreviewPlace;
@@ -124,6 +125,8 @@ pub enum Request {
     Tell(Box<InfoJob>),
     /// List, download or remove models.
     Models(Box<ModelsJob>),
+    /// List the devices of this machine.
+    Devices(DevicesJob),
     /// List the schedulers.
     Schedulers(SchedulersJob),
     /// Make a picture again and compare.
@@ -155,6 +158,7 @@ pub fn parse(
         Some("explain") => return explain::parse(flags, surroundings),
         Some("info") => return info::parse(flags, surroundings),
         Some("models") => return models::parse(flags, surroundings),
+        Some("devices") => return devices::parse(flags),
         Some("schedulers") => return schedulers::parse(flags),
         Some("verify") => return verify::parse(flags, surroundings),
         Some("completions") => return completions::parse_completions(flags),

@@ -13,7 +13,7 @@ use super::identity::{Identity, Pending};
 use super::remote::Link;
 use super::run::Painter;
 use super::settings::Provenance;
-use crate::backend::{Backend, cpu};
+use crate::backend::{Backend, Device as _, cpu, cuda};
 use crate::error::Result;
 use crate::image::{ImageSize, Picture};
 use crate::pipeline::PictureRequest;
@@ -26,6 +26,8 @@ use crate::schedule::SchedulerChoice;
 pub(super) enum Place {
     /// This machine's processor.
     Cpu(cpu::Device),
+    /// A GPU of this machine.
+    Cuda(cuda::Device),
     /// A worker.
     Remote(remote::device::Device),
 }
@@ -44,6 +46,7 @@ impl Place {
     pub fn on<W: OnBackend>(self, work: W) -> W::Output {
         match self {
             Place::Cpu(device) => work.run::<cpu::Storage>(device),
+            Place::Cuda(device) => work.run::<cuda::Storage>(device),
             Place::Remote(device) => work.run::<remote::storage::Storage>(device),
         }
     }
@@ -76,18 +79,18 @@ impl Places {
             if let Some((_, place)) = opened.iter().find(|(known, _)| *known == spec) {
                 return Ok(place.clone());
             }
-            let link = match spec {
-                DeviceSpec::Remote(url) => {
-                    Some(Link::open(url, holds_another || !links.is_empty(), progress)?)
-                }
-                DeviceSpec::Mock => Some(Link::mock(settings, progress)?),
-                DeviceSpec::Auto | DeviceSpec::Cpu => None,
+            let holds_another = holds_another || !links.is_empty();
+            let mut linked = |link: Link| {
+                let place = Place::Remote(link.device());
+                links.push(link);
+                place
             };
-            let place = match &link {
-                Some(link) => Place::Remote(link.device()),
-                None => Place::Cpu(cpu::Device::open(settings)?),
+            let place = match spec {
+                DeviceSpec::Remote(url) => linked(Link::open(url, holds_another, progress)?),
+                DeviceSpec::Mock => linked(Link::mock(settings, progress)?),
+                DeviceSpec::Cuda(ordinal) => Place::Cuda(cuda::Device::open(*ordinal)?),
+                DeviceSpec::Auto | DeviceSpec::Cpu => Place::Cpu(cpu::Device::open(settings)?),
             };
-            links.extend(link);
             opened.push((spec, place.clone()));
             Ok(place)
         };
@@ -108,18 +111,20 @@ impl Places {
         self.links.iter().all(Link::is_there)
     }
 
-    /// What this processor and the sessions with workers did so far, as lines.
+    /// What the devices of this machine and the sessions with workers did so far, as lines.
     pub fn statistics(&self) -> Vec<String> {
-        let mut local = None;
+        let mut here = Vec::new();
         let mut elsewhere = Vec::new();
         for (place, name) in self.stages.iter().zip(["text", "unet", "vae"]) {
             match place {
-                Place::Cpu(device) => local = Some(device),
+                Place::Cpu(device) => here.extend(device.statistics()),
+                Place::Cuda(device) => here.extend(device.statistics()),
                 Place::Remote(_) => elsewhere.push(name),
             }
         }
+        here.dedup();
         let books = self.books.lock().unwrap_or_else(PoisonError::into_inner);
-        let here = local.map(|device| books.lines(device, &elsewhere)).unwrap_or_default();
+        let here = books.lines(here, &elsewhere);
         here.into_iter().chain(self.links.iter().flat_map(Link::statistics)).collect()
     }
 

@@ -10,7 +10,7 @@ use crate::progress::{Event, Progress};
 use crate::remote::client::{Session, Stage};
 use crate::remote::device::Device;
 use crate::remote::digests::Digests;
-use crate::remote::hello::{Hello, kernel_path};
+use crate::remote::hello::{Hello, Offer};
 use crate::remote::quic::client::{CONNECT_TIMEOUT, Connection, connect};
 use crate::remote::quic::server::Server;
 use crate::remote::trust::Identity;
@@ -79,8 +79,8 @@ impl Link {
 
     /// The device at the other end.
     pub fn device(&self) -> Device {
-        let kernel_path = kernel_path(self.connection.greeting()).map(str::to_owned);
-        Device::with(self.session.clone(), Digests::of_user(), kernel_path)
+        let offer = Offer::of(self.connection.greeting());
+        Device::with(self.session.clone(), Digests::of_user(), offer)
     }
 
     /// Whether the connection lasts.

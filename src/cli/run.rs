@@ -373,21 +373,10 @@ mod tests {
     fn child() {
         let Ok(words) = std::env::var("TINY_SD_TEST_CHILD") else { return };
         let command_line = std::iter::once("tiny-sd").chain(words.split('|'));
-        let outcome =
-            parse(command_line.map(Into::into), &mut Process).and_then(|request| match request {
-                Request::Paint(job) => run(&job, &mut open),
-                Request::Compare(_)
-                | Request::Explain(_)
-                | Request::Grid(_)
-                | Request::Tell(_)
-                | Request::Models(_)
-                | Request::Schedulers(_)
-                | Request::Verify(_)
-                | Request::Batch(_)
-                | Request::Print(_)
-                | Request::Work(_) => Err(Error::other("no picture")),
-                Request::Show(help) => Err(Error::other(help.to_string())),
-            });
+        let outcome = parse(command_line.map(Into::into), &mut Process).and_then(|request| {
+            let Request::Paint(job) = request else { return Err(Error::other("no picture")) };
+            run(&job, &mut open)
+        });
         std::process::exit(outcome.map_or_else(|error| report(&error).into(), |()| 0));
     }
 

@@ -12,11 +12,13 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser, ValueEnum};
 
 use super::command::usage;
+use super::device::cuda_ordinal;
 use super::job::Request;
-use crate::backend::{cache_folder, cpu};
+use crate::backend::{Backend, cache_folder, cpu, cuda};
 use crate::error::{Error, Result};
 use crate::remote::disk_library::{self, DiskLibrary};
 use crate::remote::executor::Limits as SessionLimits;
+use crate::remote::hello::Offer;
 use crate::remote::quic::server::{self, Limits, Server};
 use crate::remote::trust::Identity;
 use crate::remote::url::pairing_urls;
@@ -37,7 +39,7 @@ pub struct WorkerJob {
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:4433")]
     pub listen: String,
 
-    /// Where ops run: cpu
+    /// Where ops run: cpu, cuda (the first NVIDIA GPU), or cuda:N; `tiny-sd devices` lists them
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: WorkerDevice,
 
@@ -104,10 +106,33 @@ address, the token file), 1 anything else.
 SIGTERM or Ctrl-C ends it when the running sessions have ended, a second one at once.";
 
 /// Where a worker's ops run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WorkerDevice {
     /// This machine's processor.
     Cpu,
+    /// An NVIDIA GPU of this machine, by its number.
+    Cuda(usize),
+}
+
+impl std::fmt::Display for WorkerDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            WorkerDevice::Cpu => f.write_str("cpu"),
+            WorkerDevice::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl FromStr for WorkerDevice {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "cpu" => Ok(WorkerDevice::Cpu),
+            text if text.starts_with("cuda") => cuda_ordinal(text).map(WorkerDevice::Cuda),
+            _ => Err("a worker's device is cpu, cuda, or cuda:N".into()),
+        }
+    }
 }
 
 /// How the log looks.
@@ -179,7 +204,7 @@ pub fn work(job: &WorkerJob) -> Result<()> {
             .map_err(|error| Error::other(format!("cannot print the pairing URL: {error}")))?;
     }
     drop(stdout);
-    tracing::info!(address = %server.local_addr(), device = "cpu", "listening");
+    tracing::info!(address = %server.local_addr(), device = job.device.to_string(), "listening");
     let signalled = server.clone();
     let mut is_ending = false;
     ctrlc::set_handler(move || {
@@ -206,18 +231,39 @@ fn start(job: &WorkerJob, identity: &Identity) -> Result<Server> {
     };
     let threads = job.threads.map_or(0, usize::from);
     let settings = cpu::Settings { threads, low_memory: job.low_memory };
-    let device = match job.device {
-        WorkerDevice::Cpu => cpu::Device::open(settings)?,
-    };
-    let limits = SessionLimits { memory_bytes: job.session_memory.0, buffers: MAX_BUFFERS };
-    let worker = Worker::<cpu::Storage>::new(device, limits, job.weights_memory.0);
-    let limits = Limits {
-        max_sessions: job.max_sessions.into(),
-        max_waiting: job.max_waiting.into(),
-        idle_timeout: job.idle_timeout.map(|seconds| Duration::from_secs(seconds.into())),
-        ..Limits::default()
-    };
-    serve(address(&job.listen)?, identity, limits, worker, library)
+    let start = Start { job, identity, library };
+    match job.device {
+        WorkerDevice::Cpu => start.on::<cpu::Storage>(cpu::Device::open(settings)?),
+        WorkerDevice::Cuda(ordinal) => start.on::<cuda::Storage>(cuda::Device::open(ordinal)?),
+    }
+}
+
+/// What a worker needs beside its device.
+struct Start<'a> {
+    job: &'a WorkerJob,
+    identity: &'a Identity,
+    library: DiskLibrary,
+}
+
+impl Start<'_> {
+    fn on<B: Backend>(self, device: B::Device) -> Result<Server> {
+        let Self { job, identity, library } = self;
+        let limits = SessionLimits { memory_bytes: job.session_memory.0, buffers: MAX_BUFFERS };
+        let offer = offer(&device);
+        let worker = Worker::<B>::new(device, limits, job.weights_memory.0);
+        let limits = Limits {
+            max_sessions: job.max_sessions.into(),
+            max_waiting: job.max_waiting.into(),
+            idle_timeout: job.idle_timeout.map(|seconds| Duration::from_secs(seconds.into())),
+            offer,
+            ..Limits::default()
+        };
+        serve(address(&job.listen)?, identity, limits, worker, library)
+    }
+}
+
+fn offer(device: &impl crate::backend::Device) -> Offer {
+    Offer { kernel_path: device.kernel_path(), default_dtype: Some(device.default_dtype()) }
 }
 
 /// A worker on this machine's processor that anything in this process can reach: `--device mock`.
@@ -227,20 +273,20 @@ fn start(job: &WorkerJob, identity: &Identity) -> Result<Server> {
 pub(super) fn start_mock(settings: cpu::Settings, identity: &Identity) -> Result<Server> {
     let limits = SessionLimits { memory_bytes: u64::MAX, buffers: MAX_BUFFERS };
     let device = cpu::Device::open(settings)?;
+    let server = Limits { offer: offer(&device), ..Limits::default() };
     let worker = Worker::<cpu::Storage>::new(device, limits, u64::MAX);
     let library = DiskLibrary::in_memory(disk_library::Limits::new(64 << 30));
     let here = SocketAddr::from(([127, 0, 0, 1], 0));
-    serve(here, identity, Limits::default(), worker, library)
+    serve(here, identity, server, worker, library)
 }
 
-fn serve(
+fn serve<B: Backend>(
     address: SocketAddr,
     identity: &Identity,
     limits: Limits,
-    worker: Worker<cpu::Storage>,
+    worker: Worker<B>,
     library: DiskLibrary,
 ) -> Result<Server> {
-    let limits = Limits { kernel_path: Some(cpu::kernel_path().into()), ..limits };
     let hello = hello::Hello { version: PROTOCOL_VERSION, schema: crate::remote::schema() };
     server::serve(address, identity, hello, limits, move |info| {
         let span = tracing::info_span!("session", number = info.number);

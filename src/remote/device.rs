@@ -9,6 +9,7 @@ use candle_core::{CpuStorage, DType, DeviceLocation, Result, Shape, WithDType};
 
 use super::client::{self, Output, Session, Ticket};
 use super::digests::Digests;
+use super::hello::Offer;
 use super::op::Op;
 use super::storage::{Storage, check_same_worker};
 use super::transport::BulkSource;
@@ -26,23 +27,19 @@ pub struct Device(Arc<Inner>);
 struct Inner {
     session: Arc<Session>,
     uploads: Uploads,
-    kernel_path: Option<String>,
+    offer: Offer,
 }
 
 impl Device {
     /// The device behind `session`, which forgets the digests of weights with it.
     pub fn new(session: Arc<Session>) -> Self {
-        Self::with(session, None, None)
+        Self::with(session, None, Offer::default())
     }
 
     /// The device behind `session`, which remembers the digests of weights in `digests`, if there
-    /// are any, and whose kernels have a name, if the worker said it.
-    pub fn with(
-        session: Arc<Session>,
-        digests: Option<Digests>,
-        kernel_path: Option<String>,
-    ) -> Self {
-        Self(Arc::new(Inner { session, uploads: Uploads::new(digests), kernel_path }))
+    /// are any, and of which the worker said this.
+    pub fn with(session: Arc<Session>, digests: Option<Digests>, offer: Offer) -> Self {
+        Self(Arc::new(Inner { session, uploads: Uploads::new(digests), offer }))
     }
 
     /// The session.
@@ -142,11 +139,12 @@ impl crate::backend::Device for Device {
     }
 
     fn kernel_path(&self) -> Option<String> {
-        self.0.kernel_path.clone()
+        self.0.offer.kernel_path.clone()
     }
 
+    /// The worker knows what its device does best.
     fn default_dtype(&self) -> DType {
-        DType::F32
+        self.0.offer.default_dtype.unwrap_or(DType::F32)
     }
 
     fn randn(&self, noise: Noise, shape: &Shape, dtype: DType) -> crate::Result<Storage> {

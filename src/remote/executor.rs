@@ -59,6 +59,11 @@ impl<B: Backend> Shared<B> {
     pub fn new(device: B::Device, weights_bytes: u64) -> Self {
         Self { device, weights: Weights::new(weights_bytes), turns: Turns::default() }
     }
+
+    /// The device.
+    pub fn device(&self) -> &B::Device {
+        &self.device
+    }
 }
 
 /// The state of one session.

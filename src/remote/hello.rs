@@ -2,6 +2,8 @@
 //! and others before it while the client waits for its turn. Separate because these never change:
 //! whatever else the versions of client and worker disagree about, a refusal can be read.
 
+use candle_core::DType;
+
 use super::trust::Token;
 use crate::error::{Error, Result};
 
@@ -167,23 +169,45 @@ pub fn readable(bytes: &[u8]) -> String {
     text.chars().take(MAX_TEXT_BYTES).map(printable).collect()
 }
 
-/// Before the name of a worker's kernels in its welcome.
+/// What a welcome says of the worker's device.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Offer {
+    /// Which kernels it has: equal ones give equal bits.
+    pub kernel_path: Option<String>,
+    /// The dtype behind `--dtype auto`: the fastest there that keeps the picture.
+    pub default_dtype: Option<DType>,
+}
+
+/// Before the dtype of a worker's device in its welcome.
+const DTYPE: &str = ", dtype ";
+/// Before the name of its kernels, which comes last.
 const KERNELS: &str = ", kernels ";
 /// Longest name of kernels that is believed, in bytes.
 const MAX_KERNELS_LEN: usize = 64;
 
-/// A welcome's text: what of the worker is in use, and which kernels its device has.
-pub fn greeting(running: usize, most: usize, kernel_path: Option<&str>) -> String {
-    let kernels = kernel_path.map(|path| format!("{KERNELS}{path}")).unwrap_or_default();
-    format!("session {running} of {most}{kernels}")
+/// A welcome's text: what of the worker is in use, and what its device offers.
+pub fn greeting(running: usize, most: usize, offer: &Offer) -> String {
+    let Offer { kernel_path, default_dtype } = offer;
+    let kernels = kernel_path.as_ref().map(|path| format!("{KERNELS}{path}"));
+    let dtype = default_dtype.map(|dtype| format!("{DTYPE}{}", dtype.as_str()));
+    let [dtype, kernels] = [dtype, kernels].map(Option::unwrap_or_default);
+    format!("session {running} of {most}{dtype}{kernels}")
 }
 
-/// The kernels that a welcome names: an older worker names none.
-pub fn kernel_path(greeting: &str) -> Option<&str> {
-    let (_, path) = greeting.split_once(KERNELS)?;
-    let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-_+.".contains(c);
-    let is_name = !path.is_empty() && path.len() <= MAX_KERNELS_LEN && path.chars().all(is_allowed);
-    is_name.then_some(path)
+impl Offer {
+    /// What a welcome says: an older worker says less.
+    pub fn of(greeting: &str) -> Self {
+        let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-_+.".contains(c);
+        let is_name = |path: &&str| {
+            !path.is_empty() && path.len() <= MAX_KERNELS_LEN && path.chars().all(is_allowed)
+        };
+        let path = greeting.split_once(KERNELS).map(|(_, path)| path).filter(is_name);
+        let dtype = greeting.split_once(DTYPE).and_then(|(_, rest)| {
+            let name = rest.split(',').next()?;
+            [DType::F32, DType::F16, DType::BF16].into_iter().find(|dtype| dtype.as_str() == name)
+        });
+        Self { kernel_path: path.map(str::to_owned), default_dtype: dtype }
+    }
 }
 
 #[cfg(test)]
@@ -239,13 +263,22 @@ mod tests {
     }
 
     #[test]
-    fn a_welcome_names_the_kernels_and_what_is_no_name_is_none() {
-        let check = |text: &str, expected| assert_eq!(kernel_path(text), expected, "{text}");
-        assert_eq!(greeting(1, 4, None), "session 1 of 4");
-        check(&greeting(1, 4, Some("avx512")), Some("avx512"));
-        check(&greeting(1, 4, None), None);
-        check("x, kernels ", None);
-        check("x, kernels a b", None);
-        check(&format!("x, kernels {}", "a".repeat(65)), None);
+    fn a_welcome_says_what_is_offered_and_what_is_no_name_is_none() {
+        let offer = |path: Option<&str>, default_dtype| Offer {
+            kernel_path: path.map(str::to_owned),
+            default_dtype,
+        };
+        let check = |text: &str, expected| assert_eq!(Offer::of(text), expected, "{text}");
+        assert_eq!(greeting(1, 4, &offer(None, None)), "session 1 of 4");
+        for path in [None, Some("avx512")] {
+            for dtype in [None, Some(DType::F32), Some(DType::F16), Some(DType::BF16)] {
+                check(&greeting(1, 4, &offer(path, dtype)), offer(path, dtype));
+            }
+        }
+        check("x, kernels avx2", offer(Some("avx2"), None));
+        for nothing in ["x, kernels ", "x, kernels a b", "x, dtype u8", "x, dtype ", "x"] {
+            check(nothing, offer(None, None));
+        }
+        check(&format!("x, kernels {}", "a".repeat(65)), offer(None, None));
     }
 }

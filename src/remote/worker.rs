@@ -16,7 +16,7 @@ use super::message::{Message, Numbering, Outbox, Reply, decode_frame};
 use super::op::{Id, Op};
 use super::transport::{BulkSink, Waker, WorkerEnd};
 use super::wire::{Reader, Wire, malformed};
-use crate::backend::Backend;
+use crate::backend::{Backend, Device as _};
 use crate::error::{Error, Result};
 
 /// Frames that wait to be run before the network stops reading.
@@ -67,6 +67,7 @@ impl<B: Backend> Worker<B> {
             is_over: executor.is_over(),
         });
         let running = session.clone();
+        let device = self.shared.device().clone();
         let span = tracing::Span::current();
         std::thread::Builder::new()
             .name("session".into())
@@ -76,7 +77,8 @@ impl<B: Backend> Worker<B> {
                     let _ = running.reply(&Reply::Fatal("internal error: it panicked".into()));
                     running.end();
                 }
-                span.in_scope(|| tracing::info!("the session's memory is free"));
+                let did = device.statistics().unwrap_or_default();
+                span.in_scope(|| tracing::info!(did, "the session's memory is free"));
             })
             .map_err(|error| Error::other(format!("no thread for the session: {error}")))?;
         Ok(session)

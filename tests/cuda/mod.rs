@@ -1,8 +1,11 @@
 //! The CUDA backend without a GPU: every op and whole pictures on kernels that the processor runs,
 //! against the CPU and against diffusers. What only a GPU shows is in `scripts/gpu-check`.
 
+mod compiling;
 mod emulated;
+mod gpu;
 mod programs;
+mod stand_in;
 
 use std::time::{Duration, Instant};
 

@@ -35,6 +35,13 @@ pub struct Settings {
     pub low_memory: bool,
 }
 
+impl Settings {
+    /// How many threads that is.
+    pub fn effective_threads(self) -> usize {
+        if self.threads == 0 { cores::physical() } else { self.threads }
+    }
+}
+
 impl Device {
     /// A device that is used as `settings` say. The process's allocator is told to keep no large
     /// buffers, which only where it is glibc's means something.
@@ -52,7 +59,7 @@ impl Device {
     /// If the threads cannot be started, or the environment asks for kernels that are not here.
     pub fn with_threads(threads: usize) -> Result<Self> {
         kernels::check_path()?;
-        let threads = if threads == 0 { cores::physical() } else { threads };
+        let threads = Settings { threads, low_memory: false }.effective_threads();
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|index| format!("kernel-{index}"))
@@ -140,6 +147,12 @@ impl super::Device for Device {
 
     fn name(&self) -> String {
         "cpu".into()
+    }
+
+    fn statistics(&self) -> Option<String> {
+        let threads = self.threads();
+        let plural = if threads == 1 { "" } else { "s" };
+        Some(format!("cpu: {threads} thread{plural}, kernels {}", kernel_path()))
     }
 
     fn kernel_path(&self) -> Option<String> {

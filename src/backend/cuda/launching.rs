@@ -6,7 +6,7 @@ use candle_core::{DType, Layout};
 
 use super::arguments::{Arguments, View, int};
 use super::driver::{Address, Launch, Numbers, Source};
-use super::sources::{COPY, ELEMENT};
+use super::sources::{COPY, ELEMENT, MATMUL};
 use super::{Device, Storage};
 use crate::backend::order::dense_in_order;
 use crate::error::Result;
@@ -17,6 +17,10 @@ const MOST_BLOCKS: usize = 2048;
 const THREADS: u32 = 256;
 /// Elements that a block takes at once.
 const BLOCK_ELEMENTS: usize = 1024;
+/// Rows and columns of a product that a block computes.
+const PRODUCT_TILE: usize = 32;
+/// Blocks of a grid at most, but in x.
+const MOST_BLOCKS_DOWN: usize = 65535;
 
 /// The numbers of a float type that kernels compute with.
 pub(super) fn numbers(dtype: DType) -> Option<Numbers> {
@@ -70,6 +74,20 @@ impl Device {
 /// The order of dimensions as they are.
 pub(super) fn in_order(layout: &Layout) -> Vec<usize> {
     (0..layout.dims().len()).collect()
+}
+
+/// A layout as (batch, rows, columns); None if its batch is not of one stride.
+fn matrices(layout: &Layout, batch: usize, rows: usize, columns: usize) -> Option<View> {
+    let (dims, stride) = (layout.dims(), layout.stride());
+    let matrix = dims.len().checked_sub(2)?;
+    int(batch)?;
+    let outer = dims.iter().zip(stride).take(matrix).filter(|(dim, _)| **dim != 1);
+    let outer: Vec<_> = outer.collect();
+    let step = outer.last().map_or(0, |(_, step)| **step);
+    let is_one = outer.windows(2).all(|pair| *pair[0].1 == pair[1].0 * pair[1].1);
+    let stride = [step, stride[matrix], stride[matrix + 1]];
+    let view = Layout::new((batch, rows, columns).into(), stride.into(), layout.start_offset());
+    View::of(&view).filter(|_| is_one)
 }
 
 impl Storage {
@@ -219,6 +237,45 @@ impl Storage {
                 .finish();
             let device = self.device();
             device.launch_elements((COPY, kernel), Numbers::F32, elements, argument)?;
+            Ok(result)
+        }))
+    }
+
+    /// A product of (batch, m, k) and (batch, k, n) matrices; None if no kernel does it.
+    pub(super) fn product(
+        &self,
+        (batch, m, n, k): (usize, usize, usize, usize),
+        layout: &Layout,
+        (right, right_layout): (&Self, &Layout),
+    ) -> Option<Result<Self>> {
+        let numbers = numbers(self.dtype())?;
+        let [left_view, right_view] =
+            [(layout, m, k), (right_layout, k, n)].map(|(l, m, n)| matrices(l, batch, m, n));
+        let (left_view, right_view) = (left_view?, right_view?);
+        let (across, down) = (n.div_ceil(PRODUCT_TILE), m.div_ceil(PRODUCT_TILE));
+        if down > MOST_BLOCKS_DOWN || batch > MOST_BLOCKS_DOWN {
+            return None;
+        }
+        let grid = [across as u32, down as u32, batch as u32];
+        Some(self.device().elements(self.dtype(), batch * m * n).and_then(|result| {
+            let argument = Arguments::default()
+                .pointer(self.address())
+                .pointer(right.address())
+                .pointer(result.address())
+                .view(&left_view)
+                .view(&right_view)
+                .finish();
+            if !grid.contains(&0) {
+                self.device().launch(Launch {
+                    source: MATMUL,
+                    numbers,
+                    kernel: "matmul",
+                    grid,
+                    block: THREADS,
+                    shared_bytes: 0,
+                    argument,
+                })?;
+            }
             Ok(result)
         }))
     }

@@ -99,8 +99,8 @@ impl Drop for Memory {
     }
 }
 
-/// The memory of one program: its blocks are taken in turns while it is recorded, as they will be in
-/// every replay, and stay where they are as long as it may be replayed.
+/// The memory of one program: its blocks are taken in turns while it is recorded, as they will be
+/// in every replay, and stay where they are as long as it may be replayed.
 pub(super) struct Arena {
     hardware: Arc<Hardware>,
     blocks: Mutex<Vec<Block>>,
@@ -117,8 +117,8 @@ impl Arena {
         Self { hardware: hardware.clone(), blocks: Mutex::default() }
     }
 
-    /// A block; one that is kept is used for nothing else before or after, so that what is written
-    /// there once is there in every run.
+    /// A block; one that is kept is used for nothing else before or after, so that what is
+    /// written there once is there in every run.
     pub fn take(self: &Arc<Self>, bytes: usize, is_kept: bool) -> Result<Memory> {
         let wanted = bytes.max(1);
         let mut blocks = self.lock();

@@ -245,7 +245,8 @@ impl super::Device for Device {
 
     /// The GPU's name: two of one kind give equal bits.
     fn kernel_path(&self) -> Option<String> {
-        Some(format!("cuda {}", self.driver().name()))
+        let name = format!("cuda-sm{}-{}", self.driver().architecture(), self.driver().name());
+        Some(name.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.', "-"))
     }
 
     fn default_dtype(&self) -> DType {

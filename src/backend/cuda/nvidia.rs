@@ -364,8 +364,8 @@ impl Nodes {
         let before = self.last.as_ref().map_or(null(), std::ptr::from_ref);
         let count = usize::from(self.last.is_some());
         let mut node = null_mut();
-        // SAFETY: the driver copies the argument, which is the struct that the kernel takes; what it
-        // points to lasts as long as the program. The node before is of this graph.
+        // SAFETY: the driver copies the argument, which is the struct that the kernel takes; what
+        // it points to lasts as long as the program. The node before is of this graph.
         unsafe {
             sys::cuGraphAddKernelNode_v2(
                 &raw mut node,

@@ -20,8 +20,11 @@ pub(super) const CONV2D: Source = Source { name: "conv2d.cu", text: text!("conv2
 /// Attention.
 pub(super) const ATTENTION: Source = Source { name: "attention.cu", text: text!("attention.cu") };
 
+/// Products of matrices that lie in any way.
+pub(super) const MATMUL: Source = Source { name: "matmul.cu", text: text!("matmul.cu") };
+
 /// All sources.
-pub const ALL: [Source; 5] = [COPY, ELEMENT, NORM, CONV2D, ATTENTION];
+pub const ALL: [Source; 6] = [COPY, ELEMENT, NORM, CONV2D, ATTENTION, MATMUL];
 
 const HEADERS: [(&str, &str); 7] = [
     ("common.cuh", text!("common.cuh")),

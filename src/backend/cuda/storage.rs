@@ -304,8 +304,8 @@ impl BackendStorage for Storage {
         l: &Layout,
         rhs_l: &Layout,
     ) -> Result<Self> {
-        let rhs = &rhs.host()?;
-        self.on_host(|x| x.matmul(rhs, bmnk, l, rhs_l))
+        let kernel = self.product(bmnk, l, (rhs, rhs_l));
+        self.or_on_host(kernel, |x| x.matmul(&rhs.host()?, bmnk, l, rhs_l))
     }
 
     fn copy_strided_src(&self, dst: &mut Self, dst_offset: usize, l: &Layout) -> Result<()> {

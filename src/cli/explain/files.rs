@@ -14,7 +14,9 @@ use crate::weights::{Checkpoint, Component, choose, names};
 
 /// What is computed in: every device prefers f32.
 pub(super) fn dtype(job: &Job) -> DType {
-    job.dtype.or(DType::F32)
+    let unet = job.device.resolve().ok().map(|plan| plan.stages);
+    let is_cuda = matches!(unet, Some([_, DeviceSpec::Cuda(_), _]));
+    job.dtype.or(if is_cuda { DType::F16 } else { DType::F32 })
 }
 
 pub(super) fn say(

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use crate::remote::admission::{Admission, Caps, Verdict};
-use crate::remote::hello::{Answer, HELLO_BYTES, Hello, Status, greeting};
+use crate::remote::hello::{Answer, HELLO_BYTES, Hello, Offer, Status, greeting};
 use crate::remote::queue::{Entry, Queue, Ticket};
 use crate::remote::transport::{Waker, WorkerEnd};
 use crate::remote::trust::{Identity, Token};
@@ -43,8 +43,8 @@ pub struct Limits {
     pub strangers: Caps,
     /// UDP payload that clients may send, 1200 to [`MAX_MTU`]: where it fits the path is found out.
     pub max_packet_bytes: u16,
-    /// The kernels of the worker's device, which its welcome names.
-    pub kernel_path: Option<String>,
+    /// What the welcome says of the worker's device.
+    pub offer: Offer,
 }
 
 impl Default for Limits {
@@ -58,7 +58,7 @@ impl Default for Limits {
             hello_timeout: Duration::from_secs(5),
             strangers,
             max_packet_bytes: MAX_MTU,
-            kernel_path: None,
+            offer: Offer::default(),
         }
     }
 }
@@ -461,8 +461,8 @@ impl Worker {
         // A stream that is open cannot refuse a priority.
         let _ = send.set_priority(FRAME_PRIORITY);
         let running = lock(&self.queue).running();
-        let Limits { max_sessions, kernel_path, .. } = &self.limits;
-        let text = greeting(running, *max_sessions, kernel_path.as_deref());
+        let Limits { max_sessions, offer, .. } = &self.limits;
+        let text = greeting(running, *max_sessions, offer);
         tracing::info!(number, %address, running, "session begins");
         let session = Session { number, end, wake, connection };
         let welcome = Answer::new(Status::Welcome, text).encode();
