@@ -113,16 +113,19 @@ impl Places {
 
     /// What the devices of this machine and the sessions with workers did so far, as lines.
     pub fn statistics(&self) -> Vec<String> {
-        let mut here = Vec::new();
+        let mut here: Vec<String> = Vec::new();
         let mut elsewhere = Vec::new();
         for (place, name) in self.stages.iter().zip(["text", "unet", "vae"]) {
-            match place {
-                Place::Cpu(device) => here.extend(device.statistics()),
-                Place::Cuda(device) => here.extend(device.statistics()),
-                Place::Remote(_) => elsewhere.push(name),
-            }
+            let did = match place {
+                Place::Cpu(device) => device.statistics(),
+                Place::Cuda(device) => device.statistics(),
+                Place::Remote(_) => {
+                    elsewhere.push(name);
+                    None
+                }
+            };
+            here.extend(did.filter(|line| !here.contains(line)));
         }
-        here.dedup();
         let books = self.books.lock().unwrap_or_else(PoisonError::into_inner);
         let here = books.lines(here, &elsewhere);
         here.into_iter().chain(self.links.iter().flat_map(Link::statistics)).collect()
