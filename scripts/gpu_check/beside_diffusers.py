@@ -67,37 +67,47 @@ def top_folder(wheel: Path) -> str:
 
 def diffusers(context: Context) -> None:
     """diffusers' times on the same model and settings, between two runs of ours."""
+    findings = beside(context, ["eager", "channels_last", "f32"])
+    context.found["diffusers"] = findings
+
+
+def compiled(context: Context) -> None:
+    """The same through torch.compile, its warm-up outside of the timing."""
+    if context.options.quick:
+        return context.report.skip("torch.compile", "left out by --quick")
+    beside(context, ["compile-graphs", "compile"])
+    return None
+
+
+def beside(context: Context, modes: list) -> dict:
+    """Ours, diffusers in these modes, and ours again."""
     options, report = context.options, context.report
     model = context.needed_model()
     site = carried(context)
     if lacking := missing(context, NEEDED, site):
         report.skip("diffusers' times and pictures", f"not installed: {', '.join(lacking)}")
-        return
-    modes = ["eager", "channels_last", "f32"]
-    if not options.quick and "compile" not in options.skip:
-        modes += ["compile-graphs", "compile"]
+        return {}
     jobs = ours.jobs(2 if options.quick else 4, options.size, options.steps, options.guidance)
-    folder = context.folder("diffusers")
     asked = {"model": str(model), "device": options.device, "modes": modes, "jobs": jobs,
-             "folder": str(folder)}
-    before = context.found.get("ours f16")
-    if before is None:
-        before = ours.make(context, jobs, options.device, "f16", model)
-    findings = listen(context, asked, site)
+             "folder": str(context.folder("diffusers"))}
+    before = ours.make(context, jobs, options.device, "f16", model)
+    findings = listen(context, asked, site, 2 * before.result.seconds + 3)
     after = None
-    if context.left() > 5 + 2 * before.result.seconds:
+    if context.left() > 1.5 * before.result.seconds:
         after = ours.make(context, jobs, options.device, "f16", model)
-    context.found["diffusers"] = findings
     compare(context, before, after, findings)
+    return findings
 
 
-def listen(context: Context, asked: dict, site: Path | None) -> dict:
-    """Runs peer.py and keeps what it finds, by mode, until it ends or the time is over."""
+def listen(context: Context, asked: dict, site: Path | None, spare_s: float) -> dict:
+    """Runs peer.py and keeps what it finds, by mode, until it ends or the time is over.
+
+    `spare_s` is what our own pictures after it need.
+    """
     report, findings = context.report, {}
     program = Path(__file__).resolve().parent / "peer.py"
     process = Process([context.options.python, program, json.dumps(asked)],
                       environment(context, site))
-    spare_s = 20  # for our own pictures after it
     is_over = False
     try:
         while (line := process.next_line(context.left() - spare_s)) is not None:

@@ -15,7 +15,7 @@ from .report import decibels
 TEST_LINE = re.compile(r"^test (\S+) \.\.\. (?:.*\b)?(ok|FAILED|ignored)\b")
 TEST_START = re.compile(r"^test (\S+) \.\.\. ")
 KEPT_LINES = 400
-GOLDEN_DB = {"f32": 50.0, "f16": 25.0}  # diffusers' pictures are f32; the models are tiny
+GOLDEN_DB = {"f32": 50.0, "f16": 35.0}  # diffusers' pictures are of f32; the CPU has 44 in f16
 CPU_DB = 50.0
 
 
@@ -33,13 +33,7 @@ def devices(context: Context) -> None:
         report.skip("tiny-sd devices", f"exit code {result.code}")
         return
     found = result.expect_success().out_text()
-    lines = [json.loads(line) for line in found.splitlines() if line.startswith("{")]
-    report.row("tiny-sd devices", "; ".join(map(brief, lines)) or found[:200], figures=lines)
-
-
-def brief(device: dict) -> str:
-    known = [device.get(key) for key in ("device", "name")]
-    return " ".join(str(value) for value in known if value) or json.dumps(device)[:80]
+    report.row("tiny-sd devices", " ".join(found.split())[:200], figures=found.splitlines())
 
 
 def device_tests(context: Context) -> None:

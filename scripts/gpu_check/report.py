@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-WIDTHS = (13, 52, 34, 10)
+MAX_WIDTH = 66
 
 
 class Report:
@@ -57,13 +57,16 @@ class Report:
         scratch.replace(self.target)
 
     def print(self) -> None:
-        heads = ("section", "what", "value", "bar", "")
-        print(line(heads))
+        lines = [("section", "what", "value", "bar", "")]
         for row in self.rows:
             cells = (row["section"], row["what"], row["value"], row["bar"])
-            print(line((*cells, verdict(row["passed"]).strip())))
+            lines.append((*cells, verdict(row["passed"]).strip()))
         for row in self.not_run:
-            print(line((row["section"], row["what"], "not run", "", row["reason"])))
+            lines.append((row["section"], row["what"], "not run", "", row["reason"]))
+        widths = [min(MAX_WIDTH, max(map(len, column))) for column in zip(*lines)]
+        for *padded, last in lines:
+            text = "  ".join(f"{cell:<{width}}" for cell, width in zip(padded, widths))
+            print(f"{text}  {last}".rstrip())
         failed = len(self.failed())
         passed = sum(row["passed"] is True for row in self.rows)
         print(f"{passed} passed, {failed} failed, {len(self.not_run)} not run; {self.target}")
@@ -71,12 +74,6 @@ class Report:
 
 def verdict(passed: bool | None) -> str:
     return {None: "", True: "  ok", False: "  FAILED"}[passed]
-
-
-def line(cells: tuple) -> str:
-    *padded, last = cells
-    text = " ".join(f"{cell:<{width}}" for cell, width in zip(padded, WIDTHS))
-    return f"{text} {last}".rstrip()
 
 
 def note(text: str) -> None:

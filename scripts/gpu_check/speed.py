@@ -88,14 +88,14 @@ def count_ops(context: Context, what: str, one: ours.Pictures, many: ours.Pictur
 
 
 def same_bits(context: Context, what: str, one: ours.Pictures, many: ours.Pictures) -> None:
-    first = png.read(many.files[0])
     pairs = {"in one process": many.files[-1], "in another process": one.files[0]}
     for where, file in pairs.items():
-        is_same = png.read(file) == first
+        is_same = png.same(file, many.files[0])
         context.report.row(f"{what}: the same picture {where}",
                            "every pixel the same" if is_same else "differs", "the same", is_same)
-    if len(many.files) > 2 and png.read(many.files[1]) == first:
+    if len(many.files) > 2 and png.same(many.files[1], many.files[0]):
         context.report.row(f"{what}: another prompt and seed", "the same picture", "differs", False)
+    first = png.read(many.files[0])
     spread_of = png.deviation(first)
     context.report.row(f"{what}: the picture has contents", f"deviation {spread_of:.0f}, "
                        f"{png.saturated(first):.1%} at the ends", ">= 20", spread_of >= 20)

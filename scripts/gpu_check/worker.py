@@ -85,11 +85,11 @@ def rounds(context: Context, wanted: list, lent: Worker, count: int) -> tuple:
 def compare(context: Context, here: list, there: list) -> None:
     report = context.report
     pairs = [
-        (png.read(one), png.read(other))
+        (one, other)
         for direct, lent in zip(here, there)
         for one, other in zip(direct.files, lent.files)
     ]
-    same = sum(one == other for one, other in pairs)
+    same = sum(png.same(one, other) for one, other in pairs)
     report.row("pictures that are the same as without it", f"{same} of {len(pairs)}", "all",
                same == len(pairs))
     ratios = [
@@ -110,9 +110,11 @@ def placed(context: Context, last: ours.Pictures) -> None:
     """Text encoder, UNet and VAE are all over there, and nothing of them is here."""
     ops = {stage: last.worker_stages.get(stage, {}).get("ops", 0) for stage in STAGES}
     is_there = all(ops.values()) and not last.stages
+    programs = sum(stage["programs"] for stage in last.worker_stages.values())
     value = ", ".join(f"{stage} {count} ops" for stage, count in ops.items())
+    value += f"; {programs} programs replayed"
     context.report.row("stages on the worker", value, "all three", is_there,
-                       {"ops": ops, "stages_here": last.stages})
+                       {"stages_there": last.worker_stages, "stages_here": last.stages})
 
 
 def replays(context: Context, log: str) -> None:
