@@ -67,7 +67,9 @@ def top_folder(wheel: Path) -> str:
 
 def diffusers(context: Context) -> None:
     """diffusers' times on the same model and settings, between two runs of ours."""
-    findings = beside(context, ["eager", "channels_last", "f32"])
+    modes = ["eager", "channels_last"]
+    # Torch's f16 on processors is so slow that it may take all the time.
+    findings = beside(context, [*modes, "f32"] if context.is_gpu() else ["f32", *modes])
     context.found["diffusers"] = findings
 
 

@@ -67,6 +67,8 @@ def parse(description: str) -> argparse.Namespace:
     running.add_argument("--pictures", type=int, default=5, help="in a process that is timed")
     running.add_argument("--rounds", type=int, default=3, help="of direct and by way of a worker")
     running.add_argument("--limit", type=float, default=540, help="seconds of the whole run")
+    running.add_argument("--patience", type=float, default=1, metavar="FACTOR",
+                         help="so many times as long for each section, within --limit")
     running.add_argument("--quick", action="store_true", help="fewer pictures, no torch.compile")
     running.add_argument("--skip", type=names, default=set(), metavar="NAMES",
                          help=f"of {','.join(NAMES)}")
@@ -120,7 +122,7 @@ def section(context: Context, name: str, function, limit_s: float) -> None:
     if context.ends_at - time.monotonic() < 5:
         return report.skip(everything, "time")
     began = time.monotonic()
-    context.section_ends_at = began + limit_s
+    context.section_ends_at = began + limit_s * options.patience
     note(f"{name} …")
     try:
         function(context)

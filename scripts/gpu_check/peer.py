@@ -90,52 +90,42 @@ def compiled(pipe: StableDiffusionPipeline, mode: str) -> None:
     pipe.vae.decode = torch.compile(pipe.vae.decode)
 
 
-def half_precision(asked: dict) -> None:
-    pipe = load(asked, "f16")
-    for mode in [name for name in asked["modes"] if name != "f32"]:
-        try:
-            if mode != "eager":
-                pipe.unet.to(memory_format=torch.channels_last)
-                pipe.vae.to(memory_format=torch.channels_last)
-            if mode.startswith("compile"):
-                torch._dynamo.reset()
-                own = pipe.unet, pipe.vae.decode
-                compiled(pipe, mode)
-                try:
-                    measure(pipe, asked, mode, warm_ups=2)
-                finally:
-                    pipe.unet, pipe.vae.decode = own
-            else:
-                measure(pipe, asked, mode)
-        except Exception as error:  # One mode that fails is no reason to lack the others.
-            tell(mode=mode, error=f"{type(error).__name__}: {error}"[:500])
-
-
-def full_precision(asked: dict) -> None:
-    """One picture in f32, with no product in TF32."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+def one_mode(pipe: StableDiffusionPipeline, asked: dict, mode: str) -> None:
+    if mode not in ("eager", "f32"):
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+    if not mode.startswith("compile"):
+        measure(pipe, asked, mode)
+        return
+    torch._dynamo.reset()
+    own = pipe.unet, pipe.vae.decode
+    compiled(pipe, mode)
     try:
-        measure(load(asked, "f32"), asked | {"jobs": asked["jobs"][:2]}, "f32")
-    except Exception as error:
-        tell(mode="f32", error=f"{type(error).__name__}: {error}"[:500])
+        # The second one records CUDA graphs.
+        measure(pipe, asked, mode, warm_ups=2)
+    finally:
+        pipe.unet, pipe.vae.decode = own
 
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
+    # f32 is compared with ours, which has all bits of f32.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     names = ["torch", "diffusers", "transformers"]
     versions = {name: importlib.metadata.version(name) for name in names}
-    tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
-    tell(versions=versions, tf32=tf32, threads=torch.get_num_threads())
-    # f32 is before what compiles, which may take all the time that there is.
-    early = {**asked, "modes": [mode for mode in asked["modes"] if "compile" not in mode]}
-    late = {**asked, "modes": [mode for mode in asked["modes"] if "compile" in mode]}
-    if early["modes"]:
-        half_precision(early)
-    if "f32" in asked["modes"]:
-        full_precision(asked)
-    if late["modes"]:
-        half_precision(late)
+    tell(versions=versions, threads=torch.get_num_threads())
+    pipe = None
+    for mode in asked["modes"]:
+        dtype = "f32" if mode == "f32" else "f16"
+        try:
+            if pipe is None or pipe.unet.dtype != DTYPES[dtype]:
+                pipe = None  # One after the other, so that memory at most is of one.
+                pipe = load(asked, dtype)
+            jobs = asked["jobs"][:2] if mode == "f32" else asked["jobs"]
+            one_mode(pipe, asked | {"jobs": jobs}, mode)
+        except Exception as error:  # One mode that fails is no reason to lack the others.
+            tell(mode=mode, error=f"{type(error).__name__}: {error}"[:500])
 
 
 if __name__ == "__main__":
