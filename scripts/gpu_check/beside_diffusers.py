@@ -4,6 +4,8 @@ Separate from peer.py, which is the program that has diffusers in it: here that 
 its findings are read as they come, and compared.
 """
 
+from __future__ import annotations  # for Python 3.9
+
 import json
 import queue
 import statistics

@@ -1,5 +1,7 @@
 """What all sections share: where things are, what was asked for, and how much time is left."""
 
+from __future__ import annotations  # for Python 3.9
+
 import argparse
 import os
 import re

@@ -4,6 +4,8 @@ Separate from the sections, which all make pictures this way: `tiny-sd batch` lo
 each picture's settings from a line, and tells by events when a picture begins, steps and is done.
 """
 
+from __future__ import annotations  # for Python 3.9
+
 import json
 import re
 import statistics

@@ -4,6 +4,8 @@ Separate because it runs on the machine that builds, with a Rust toolchain; noth
 afterwards.
 """
 
+from __future__ import annotations  # for Python 3.9
+
 import argparse
 import json
 import os

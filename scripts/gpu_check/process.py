@@ -4,6 +4,8 @@ Separate because every section needs it, and because a program that hangs on a G
 and nowhere else: each runs in a process group of its own, which is killed as a whole.
 """
 
+from __future__ import annotations  # for Python 3.9
+
 import os
 import queue
 import signal

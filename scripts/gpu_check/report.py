@@ -4,6 +4,8 @@ Separate from what finds it. The JSON file is written after every section, so th
 killed leaves what it had.
 """
 
+from __future__ import annotations  # for Python 3.9
+
 import json
 import math
 import statistics
@@ -36,6 +38,10 @@ class Report:
         section = section or self.section
         self.not_run.append({"section": section, "what": what, "reason": reason})
         note(f"{section}: {what}: not run: {reason}")
+
+    def has(self, section: str) -> bool:
+        """Whether anything is said of that section."""
+        return any(row["section"] == section for row in [*self.rows, *self.not_run])
 
     def failed(self) -> list:
         return [row for row in self.rows if row["passed"] is False]
