@@ -8,6 +8,7 @@ from __future__ import annotations  # for Python 3.9
 
 import json
 import queue
+import shutil
 import statistics
 import zipfile
 from pathlib import Path
@@ -177,13 +178,18 @@ def ratio_row(context: Context, what: str, ratio: float, bar: float | None) -> N
 def parity(context: Context) -> None:
     """Our f32 picture beside diffusers' f32 one; what f16 costs us beside what it costs them."""
     report = context.report
-    pictures, theirs = {}, context.found.get("diffusers", {})
+    files, theirs = {}, context.found.get("diffusers", {})
     for dtype in ["f32", "f16"]:
         if made := context.found.get(f"ours {dtype}"):
-            pictures[f"our {dtype}"] = png.read(made.files[0])
+            files[f"our {dtype}"] = made.files[0]
     for mode, name in [("f32", "their f32"), ("eager", "their f16")]:
         if "picture" in theirs.get(mode, {}):
-            pictures[name] = png.read(Path(theirs[mode]["picture"]))
+            files[name] = Path(theirs[mode]["picture"])
+    pictures = {name: png.read(file) for name, file in files.items()}
+    if context.options.keep:
+        context.options.keep.mkdir(parents=True, exist_ok=True)
+        for name, file in files.items():
+            shutil.copy(file, context.options.keep / f"{name.replace(' ', '-')}.png")
 
     def apart(one: str, other: str) -> float | None:
         if one in pictures and other in pictures:

@@ -76,6 +76,8 @@ def parse(description: str) -> argparse.Namespace:
     running.add_argument("--only", type=names, metavar="NAMES", help="none but these sections")
     running.add_argument("--python", default=sys.executable, help="the one that has PyTorch")
     running.add_argument("--wheels", type=Path, default=HOME / "wheels", metavar="DIR")
+    running.add_argument("--keep", type=Path, metavar="DIR",
+                         help="keep the pictures that parity compares there")
     running.add_argument("--work", type=Path, metavar="DIR",
                          help="for 1.2 GB of scratch files [default: the system's]")
     for command in [packing, running]:
