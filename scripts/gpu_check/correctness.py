@@ -33,7 +33,20 @@ def devices(context: Context) -> None:
         report.skip("tiny-sd devices", f"exit code {result.code}")
         return
     found = result.expect_success().out_text()
-    report.row("tiny-sd devices", " ".join(found.split())[:200], figures=found.splitlines())
+    kind = context.options.device.split(":")[0]
+    lines = [json.loads(line) for line in found.splitlines() if line.startswith("{")]
+    ours_here = [line for line in lines if str(line.get("device", "")).split(":")[0] == kind]
+    usable = [line for line in ours_here if line.get("usable")]
+    text = "; ".join(map(brief, usable or ours_here)) or "none of that kind"
+    report.row(f"tiny-sd devices: {kind}", text, "usable", bool(usable), lines)
+
+
+def brief(device: dict) -> str:
+    parts = [device.get(key) for key in ("device", "name", "kernels", "problem")]
+    for key, text in [("compute_capability", "capability"), ("driver", "driver"),
+                      ("compiler", "NVRTC")]:
+        parts.append(device.get(key) and f"{text} {device[key]}")
+    return ", ".join(str(part) for part in parts if part)
 
 
 def device_tests(context: Context) -> None:
