@@ -42,8 +42,8 @@ class Result:
             return self
         how = "ran past its limit" if self.code is None else f"ended with exit code {self.code}"
         last = "; ".join(self.err_text().strip().splitlines()[-3:])
-        words = " ".join(self.command)
-        raise Failed(f"{words} {how} after {self.seconds:.1f} s: {last[-KEPT_CHARACTERS:]}")
+        why = f"{how} after {self.seconds:.1f} s: {last[-KEPT_CHARACTERS:]}"
+        raise Failed(f"{why} ({' '.join(self.command)})")
 
 
 class Process:

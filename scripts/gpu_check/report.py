@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-MAX_WIDTH = 66
+MAX_WIDTH, MAX_VALUE = 84, 100  # columns of the table
 
 
 class Report:
@@ -65,7 +65,10 @@ class Report:
     def print(self) -> None:
         lines = [("section", "what", "value", "bar", "")]
         for row in self.rows:
-            cells = (row["section"], row["what"], row["value"], row["bar"])
+            value = row["value"]
+            if len(value) > MAX_VALUE:  # The JSON file has all of it.
+                value = value[:MAX_VALUE] + "…"
+            cells = (row["section"], row["what"], value, row["bar"])
             lines.append((*cells, verdict(row["passed"]).strip()))
         for row in self.not_run:
             lines.append((row["section"], row["what"], "not run", "", row["reason"]))
