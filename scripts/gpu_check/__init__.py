@@ -1,0 +1,1 @@
+"""What scripts/gpu-check consists of; command.py is where to begin."""
