@@ -68,7 +68,7 @@ fn conv2d(criterion: &mut Criterion, device: &Device) -> Result<()> {
         let (x, candle) = pair(&[batch, channels, side, side], device)?;
         let (weight, candle_weight) = pair(&[out, channels, kernel, kernel], device)?;
         let (x, weight) = (image(&x)?, weight.prepare(Role::Conv2d { stride })?);
-        let op = Conv2d { stride, padding: kernel / 2, upsample: None };
+        let op = Conv2d { stride, ..Conv2d::same(kernel) };
         let name = format!("conv2d {batch}x{channels}x{side}x{side} to {out} by {kernel}/{stride}");
         side_by_side(
             criterion,

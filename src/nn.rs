@@ -183,6 +183,15 @@ impl<B: Backend> Linear<B> {
     pub fn forward_then(&self, x: &Tensor<B>, activation: Activation) -> Result<Tensor<B>> {
         x.linear(&self.weight, self.bias.as_ref(), activation)
     }
+
+    /// (…, in) → (…, out), added to a `residual` of that shape.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn forward_onto(&self, x: &Tensor<B>, residual: &Tensor<B>) -> Result<Tensor<B>> {
+        let (bias, activation) = (self.bias.as_ref(), Activation::Identity);
+        x.linear_onto(&self.weight, bias, Some(residual), activation)
+    }
 }
 
 /// torch's `Conv2d`.
@@ -241,6 +250,23 @@ impl<B: Backend> Conv2d<B> {
         size: crate::backend::Size2d,
     ) -> Result<Tensor<B>> {
         self.forward_as(x, Conv2dOp { upsample: Some(size), ..self.op })
+    }
+
+    /// As [`forward`](Self::forward), added to a `residual` of the result's shape.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn forward_onto(&self, x: &Tensor<B>, residual: &Tensor<B>) -> Result<Tensor<B>> {
+        x.conv2d_onto(&self.weight, self.bias.as_ref(), Some(residual), self.op)
+    }
+
+    /// As [`forward`](Self::forward), with a `shift` (out) added to all pixels.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn forward_shifted(&self, x: &Tensor<B>, shift: &Tensor<B>) -> Result<Tensor<B>> {
+        let bias = self.bias.as_ref().map(|bias| bias.add(shift)).transpose()?;
+        x.conv2d(&self.weight, Some(bias.as_ref().unwrap_or(shift)), self.op)
     }
 
     fn forward_as(&self, x: &Tensor<B>, op: Conv2dOp) -> Result<Tensor<B>> {

@@ -4,6 +4,7 @@ use candle_core::DType;
 use half::bf16;
 use tiny_sd::Result;
 use tiny_sd::backend::cpu::{Device, Storage};
+use tiny_sd::backend::weighted::Weighted;
 use tiny_sd::backend::{
     Activation, Attention, Conv2d, Fused, GroupNorm, LayerNorm, Linear, Role, Size2d,
 };
@@ -16,11 +17,19 @@ type Case = (Fused, Vec<Vec<usize>>);
 
 fn conv(stride: usize, padding: usize, upsample: Option<(usize, usize)>) -> Fused {
     let upsample = upsample.map(|(height, width)| Size2d { height, width });
-    Fused::Conv2d(Conv2d { stride, padding, upsample })
+    Fused::Conv2d(Conv2d { stride, padding, upsample, residual: false })
 }
 
 fn linear(activation: Activation) -> Fused {
-    Fused::Linear(Linear { activation })
+    Fused::Linear(Linear { activation, residual: false })
+}
+
+fn conv_onto(stride: usize, padding: usize) -> Fused {
+    Fused::Conv2d(Conv2d { stride, padding, upsample: None, residual: true })
+}
+
+fn linear_onto(activation: Activation) -> Fused {
+    Fused::Linear(Linear { activation, residual: true })
 }
 
 fn attention(heads: usize, causal: bool) -> Fused {
@@ -47,6 +56,12 @@ fn cases() -> Vec<Case> {
         case(conv(1, 1, Some((11, 7))), &[&[1, 32, 5, 4], &[32, 32, 3, 3], &[32]]),
         case(conv(1, 0, Some((8, 6))), &[&[1, 32, 4, 3], &[32, 32, 3, 3], &[32]]),
         case(conv(1, 3, None), &[&[1, 48, 5, 2], &[32, 48, 3, 3], &[32]]),
+        // Onto a residual: direct, by Winograd, without a bias; linear.
+        case(conv_onto(2, 1), &[&[2, 4, 9, 8], &[33, 4, 3, 3], &[33], &[2, 33, 5, 4]]),
+        case(conv_onto(1, 1), &[&[2, 33, 7, 9], &[47, 33, 3, 3], &[47], &[2, 47, 7, 9]]),
+        case(conv_onto(1, 0), &[&[2, 17, 5, 6], &[40, 17, 1, 1], &[2, 40, 5, 6]]),
+        case(linear_onto(Activation::Identity), &[&[2, 3, 37], &[50, 37], &[50], &[2, 3, 50]]),
+        case(linear_onto(Activation::Gelu), &[&[2, 200, 31], &[33, 31], &[2, 200, 33]]),
         case(norm(3, false), &[&[2, 6, 5, 7], &[6], &[6]]),
         case(norm(8, true), &[&[2, 32, 33, 37], &[32], &[32]]),
         case(Fused::LayerNorm(LayerNorm { eps: 1e-5 }), &[&[2, 3, 37], &[37], &[37]]),
@@ -137,13 +152,15 @@ fn a_prepared_weight_gives_the_bits_of_a_plain_one() -> Result<()> {
         for (dtype, lie) in [DType::F32, DType::F16, DType::BF16].into_iter().zip(LIES) {
             let args = arguments(3, &shapes, |_| lie, dtype, &device)?;
             let prepared = match &op {
-                Fused::Conv2d(op) => args[0].conv2d(
-                    &args[1].prepare(Role::Conv2d { stride: op.stride })?,
-                    args.get(2),
-                    *op,
-                )?,
+                Fused::Conv2d(op) => {
+                    let Weighted { x, weight, bias, residual } = Weighted::of(&args, op.residual)?;
+                    let weight = weight.prepare(Role::Conv2d { stride: op.stride })?;
+                    x.conv2d_onto(&weight, bias, residual, *op)?
+                }
                 Fused::Linear(op) => {
-                    args[0].linear(&args[1].prepare(Role::Linear)?, args.get(2), op.activation)?
+                    let Weighted { x, weight, bias, residual } = Weighted::of(&args, op.residual)?;
+                    let weight = weight.prepare(Role::Linear)?;
+                    x.linear_onto(&weight, bias, residual, op.activation)?
                 }
                 _ => continue,
             };
@@ -212,11 +229,17 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
 fn what_else_is_in_the_batch_changes_no_bit() -> Result<()> {
     let device = Device::with_threads(2)?;
     for ((op, shapes), dtype) in cases_of(&[DType::F32, DType::BF16]) {
-        let batched = match &op {
-            Fused::Cat { .. } => continue,
-            Fused::Attention(_) | Fused::LinearCombination(_) => shapes.len(),
-            _ => 1,
+        let last = shapes.len() - 1;
+        let is_batched = |i: usize| match &op {
+            Fused::Attention(_) | Fused::LinearCombination(_) => true,
+            Fused::Conv2d(Conv2d { residual, .. }) | Fused::Linear(Linear { residual, .. }) => {
+                i == 0 || *residual && i == last
+            }
+            _ => i == 0,
         };
+        if let Fused::Cat { .. } = op {
+            continue;
+        }
         let args = arguments(5, &shapes, |_| Lie::Contiguous, dtype, &device)?;
         let single = run(&op, &args)?;
         // The same pictures behind three others.
@@ -225,7 +248,7 @@ fn what_else_is_in_the_batch_changes_no_bit() -> Result<()> {
             .enumerate()
             .map(|(i, x)| {
                 let mut dims = x.dims().to_vec();
-                if i >= batched {
+                if !is_batched(i) {
                     return Ok(x.clone());
                 }
                 dims[0] = 3;

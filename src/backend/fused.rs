@@ -7,12 +7,13 @@
 use candle_core::{DType, Layout};
 
 use crate::backend::order::{channels_last, dense_in_order, memory_order};
+use crate::backend::weighted::Weighted;
 use crate::error::{Error, Result};
 
 /// An op that candle's traits lack or only have in pieces.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Fused {
-    /// `(x, weight, bias?)`: convolution of an image.
+    /// `(x, weight, bias?, residual?)`: convolution of an image.
     Conv2d(Conv2d),
     /// `(x, weight, bias)`: normalisation over groups of channels.
     GroupNorm(GroupNorm),
@@ -20,7 +21,7 @@ pub enum Fused {
     LayerNorm(LayerNorm),
     /// `(query, key, value)`: softmax(q kᵀ · scale) v.
     Attention(Attention),
-    /// `(x, weight, bias?)`: x weightᵀ + bias, then an activation.
+    /// `(x, weight, bias?, residual?)`: x weightᵀ + bias, then an activation.
     Linear(Linear),
     /// `(x)`: of the halves `a, b` of the last dimension, `a · gelu(b)` with the exact (erf) gelu,
     /// as diffusers' `GEGLU`.
@@ -51,6 +52,8 @@ pub struct Conv2d {
     /// The input is first enlarged to this size by repeating its nearest pixels
     /// (`source = ⌊target · in / out⌋`): the upsamplers of UNet and VAE in one op.
     pub upsample: Option<Size2d>,
+    /// Whether the last operand is added to the result, of whose shape it is.
+    pub residual: bool,
 }
 
 /// Height and width of an image or of latents, in pixels of that image.
@@ -96,6 +99,8 @@ pub struct Attention {
 pub struct Linear {
     /// Applied to the result.
     pub activation: Activation,
+    /// Whether the last operand is added after that; it is of the result's shape.
+    pub residual: bool,
 }
 
 /// What follows a linear layer.
@@ -212,7 +217,7 @@ impl Fused {
 impl Conv2d {
     /// A window that moves by one and keeps the size.
     pub fn same(kernel: usize) -> Self {
-        Self { stride: 1, padding: kernel / 2, upsample: None }
+        Self { stride: 1, padding: kernel / 2, upsample: None, residual: false }
     }
 
     /// The size that the window moves over: the input's, or what it is enlarged to.
@@ -221,7 +226,7 @@ impl Conv2d {
     }
 
     fn infer(&self, args: &[MetaRef<'_>]) -> Result<Meta> {
-        let (x, weight, bias) = with_bias(args)?;
+        let Weighted { x, weight, bias, residual } = Weighted::of(args, self.residual)?;
         let dtype = float(args)?;
         let (&[batch, channels, height, width], &[out, inner, kernel_h, kernel_w]) =
             (x.layout.dims(), weight.layout.dims())
@@ -239,6 +244,7 @@ impl Conv2d {
         }
         let dims =
             [batch, out, self.slide(size.height, kernel_h)?, self.slide(size.width, kernel_w)?];
+        check_residual(residual, &dims)?;
         Meta::channels_last(dtype, dims)
     }
 
@@ -301,9 +307,9 @@ impl Attention {
 
 impl Linear {
     fn infer(&self, args: &[MetaRef<'_>]) -> Result<Meta> {
-        let (x, weight, bias) = with_bias(args)?;
+        let Weighted { x, weight, bias, residual } = Weighted::of(args, self.residual)?;
         let dtype = float(args)?;
-        let (rows, last) = split_last(x)?;
+        let (rows, last) = split_last(*x)?;
         let &[out, inner] = weight.layout.dims() else {
             return Err(Error::other("the weight must be (out, in)"));
         };
@@ -311,7 +317,9 @@ impl Linear {
             return Err(Error::other(format!("the weight takes {inner} features, not {last}")));
         }
         check_bias(bias, out)?;
-        Meta::row_major(dtype, [rows, &[out]].concat())
+        let dims = [rows, &[out]].concat();
+        check_residual(residual, &dims)?;
+        Meta::row_major(dtype, dims)
     }
 }
 
@@ -396,18 +404,17 @@ fn exactly<'a, const N: usize>(args: &[MetaRef<'a>]) -> Result<[MetaRef<'a>; N]>
     args.try_into().map_err(|_| Error::other(format!("takes {N} operands, not {}", args.len())))
 }
 
-type WithBias<'a> = (MetaRef<'a>, MetaRef<'a>, Option<MetaRef<'a>>);
-
-fn with_bias<'a>(args: &[MetaRef<'a>]) -> Result<WithBias<'a>> {
-    match *args {
-        [x, weight] => Ok((x, weight, None)),
-        [x, weight, bias] => Ok((x, weight, Some(bias))),
-        _ => Err(Error::other(format!("takes 2 or 3 operands, not {}", args.len()))),
-    }
+fn check_bias(bias: Option<&MetaRef<'_>>, out: usize) -> Result<()> {
+    bias.map_or(Ok(()), |bias| check_vector(*bias, "bias", out))
 }
 
-fn check_bias(bias: Option<MetaRef<'_>>, out: usize) -> Result<()> {
-    bias.map_or(Ok(()), |bias| check_vector(bias, "bias", out))
+fn check_residual(residual: Option<&MetaRef<'_>>, dims: &[usize]) -> Result<()> {
+    match residual.map(|residual| residual.layout.dims()) {
+        Some(found) if found != dims => {
+            Err(Error::other(format!("a residual {found:?} is added to {dims:?}")))
+        }
+        Some(_) | None => Ok(()),
+    }
 }
 
 fn check_vector(vector: MetaRef<'_>, what: &str, len: usize) -> Result<()> {
@@ -448,13 +455,13 @@ mod tests {
             let found = op.infer(&args).ok().map(|meta| meta.layout.dims().to_vec());
             assert_eq!(found.as_deref(), expected, "{op:?} {shapes:?}");
         };
-        let conv = Fused::Conv2d(Conv2d { stride: 2, padding: 1, upsample: None });
+        let conv = Fused::Conv2d(Conv2d { stride: 2, padding: 1, upsample: None, residual: false });
         check(conv.clone(), &[&[1, 4, 9, 8], &[6, 4, 3, 3], &[6]], Some(&[1, 6, 5, 4]));
         check(conv.clone(), &[&[1, 4, 9, 8], &[6, 5, 3, 3], &[6]], None);
         check(conv.clone(), &[&[1, 4, 9, 8], &[6, 4, 3, 3], &[7]], None);
         check(conv.clone(), &[&[1, 4, 0, 8], &[6, 4, 3, 3]], None);
         check(conv, &[&[1, 4, 9, 8]], None);
-        let huge = Conv2d { stride: 1, padding: usize::MAX, upsample: None };
+        let huge = Conv2d { stride: 1, padding: usize::MAX, upsample: None, residual: false };
         check(Fused::Conv2d(huge), &[&[1, 4, 9, 8], &[6, 4, 3, 3]], None);
         let attention = Fused::Attention(Attention { heads: 2, scale: 1.0, causal: true });
         check(attention.clone(), &[&[1, 5, 8], &[1, 5, 8], &[1, 5, 8]], Some(&[1, 5, 8]));

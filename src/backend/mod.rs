@@ -14,6 +14,7 @@ pub mod host;
 pub mod mapped;
 pub mod order;
 pub mod twin;
+pub mod weighted;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, DType, Layout, Shape};

@@ -66,21 +66,27 @@ impl<B: Backend> Attention<B> {
         Ok(KeyValue { key: self.to_k.forward(context)?, value: self.to_v.forward(context)? })
     }
 
-    /// (batch, sequence, query), the same shape.
+    /// (batch, sequence, query), the same shape, added to a `residual` of it.
     ///
     /// # Errors
     /// If the device fails.
-    pub fn forward(&self, x: &Tensor<B>, context: &KeyValue<B>) -> Result<Tensor<B>> {
+    pub fn forward_onto(
+        &self,
+        x: &Tensor<B>,
+        context: &KeyValue<B>,
+        residual: &Tensor<B>,
+    ) -> Result<Tensor<B>> {
         let query = self.to_q.forward(x)?;
-        self.to_out.forward(&query.attention(&context.key, &context.value, self.op)?)
+        let seen = query.attention(&context.key, &context.value, self.op)?;
+        self.to_out.forward_onto(&seen, residual)
     }
 
-    /// Of a sequence with itself.
+    /// Of a sequence with itself, added to a `residual`.
     ///
     /// # Errors
     /// If the device fails.
-    pub fn forward_self(&self, x: &Tensor<B>) -> Result<Tensor<B>> {
-        self.forward(x, &self.key_value(x)?)
+    pub fn forward_self_onto(&self, x: &Tensor<B>, residual: &Tensor<B>) -> Result<Tensor<B>> {
+        self.forward_onto(x, &self.key_value(x)?, residual)
     }
 }
 
@@ -112,10 +118,10 @@ impl<B: Backend> BasicTransformerBlock<B> {
     }
 
     fn forward(&self, x: &Tensor<B>, text: &KeyValue<B>) -> Result<Tensor<B>> {
-        let x = self.attn1.forward_self(&self.norm1.forward(x)?)?.add(x)?;
-        let x = self.attn2.forward(&self.norm2.forward(&x)?, text)?.add(&x)?;
-        let hidden = self.ff_proj.forward(&self.norm3.forward(&x)?)?; // (batch, sequence, 8·width)
-        self.ff_out.forward(&hidden.geglu()?)?.add(&x) // (batch, sequence, width)
+        let x = &self.attn1.forward_self_onto(&self.norm1.forward(x)?, x)?;
+        let x = &self.attn2.forward_onto(&self.norm2.forward(x)?, text, x)?;
+        let hidden = self.ff_proj.forward(&self.norm3.forward(x)?)?; // (batch, sequence, 8·width)
+        self.ff_out.forward_onto(&hidden.geglu()?, x) // (batch, sequence, width)
     }
 }
 
@@ -179,15 +185,15 @@ impl<B: Backend> Transformer2D<B> {
     {
         let [batch, channels, height, width] = x.dims_exact()?;
         // Channels-last, so a sequence of pixels is a view: (batch, height·width, channels)
-        let pixels = self.norm.forward(x)?.permute(&[0, 2, 3, 1])?;
-        let mut hidden =
-            self.proj_in.forward(&pixels.reshape(vec![batch, height * width, channels])?)?;
+        let sequence = |image: &Tensor<B>| {
+            image.permute(&[0, 2, 3, 1])?.reshape(vec![batch, height * width, channels])
+        };
+        let mut hidden = self.proj_in.forward(&sequence(&self.norm.forward(x)?)?)?;
         for block in &self.transformer_blocks {
             let text = text.next().ok_or_else(|| Error::other("the text has too few keys"))?;
             hidden = block.forward(&hidden, text)?;
         }
-        let pixels = self.proj_out.forward(&hidden)?;
-        let image = pixels.reshape(vec![batch, height, width, channels])?.permute(&[0, 3, 1, 2])?;
-        x.add(&image)
+        let pixels = self.proj_out.forward_onto(&hidden, &sequence(x)?)?;
+        pixels.reshape(vec![batch, height, width, channels])?.permute(&[0, 3, 1, 2])
     }
 }

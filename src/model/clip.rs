@@ -191,9 +191,9 @@ impl<B: Backend> EncoderLayer<B> {
         let query = self.q_proj.forward(&hidden)?;
         let (key, value) = (self.k_proj.forward(&hidden)?, self.v_proj.forward(&hidden)?);
         let seen = query.attention(&key, &value, self.attention)?;
-        let x = self.out_proj.forward(&seen)?.add(x)?;
+        let x = self.out_proj.forward_onto(&seen, x)?;
         let hidden = self.layer_norm2.forward(&x)?;
         let hidden = self.fc1.forward_then(&hidden, self.hidden_act)?; // (…, intermediate_size)
-        self.fc2.forward(&hidden)?.add(&x)
+        self.fc2.forward_onto(&hidden, &x)
     }
 }

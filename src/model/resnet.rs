@@ -86,16 +86,18 @@ impl<B: Backend> ResnetBlock2D<B> {
     ) -> Result<Tensor<B>> {
         // In one variable: an activation of before is not kept, and its memory is for the next.
         let mut hidden = normalize(&self.norm1, x)?;
-        hidden = self.conv1.forward(&hidden)?; // (batch, out, height, width)
-        if let (Some(projection), Some(time)) = (&self.time_emb_proj, time) {
-            let time = projection.forward(time)?; // (1, out)
-            hidden = hidden.add(&time.unsqueeze(2)?.unsqueeze(3)?)?;
-        }
+        hidden = match (&self.time_emb_proj, time) {
+            // The same for all pixels, as the bias is.
+            (Some(projection), Some(time)) => {
+                let shift = projection.forward(time)?; // (1, out)
+                self.conv1.forward_shifted(&hidden, &shift.reshape(shift.elem_count())?)?
+            }
+            (Some(_) | None, _) => self.conv1.forward(&hidden)?,
+        }; // (batch, out, height, width)
         hidden = normalize(&self.norm2, &hidden)?;
-        hidden = self.conv2.forward(&hidden)?;
         match &self.conv_shortcut {
-            Some(shortcut) => shortcut.forward(x)?.add(&hidden),
-            None => x.add(&hidden),
+            Some(shortcut) => self.conv2.forward_onto(&hidden, &shortcut.forward(x)?),
+            None => self.conv2.forward_onto(&hidden, x),
         }
     }
 }

@@ -203,6 +203,6 @@ impl<B: Backend> TinyBlock<B> {
         let Self([first, second, third]) = self;
         let hidden = first.forward(x)?.unary::<Relu>()?;
         let hidden = second.forward(&hidden)?.unary::<Relu>()?;
-        third.forward(&hidden)?.add(x)?.unary::<Relu>()
+        third.forward_onto(&hidden, x)?.unary::<Relu>()
     }
 }

@@ -194,11 +194,13 @@ impl<B: Backend> MidBlock<B> {
         let mut x = self.first.forward(x, None)?;
         if let Some((group_norm, attention)) = &self.attention {
             let [batch, channels, height, width] = x.dims_exact()?;
-            let pixels = group_norm.forward(&x)?.permute(&[0, 2, 3, 1])?;
-            let sequence = pixels.reshape(vec![batch, height * width, channels])?;
-            let seen = attention.forward_self(&sequence)?;
-            let image = seen.reshape(vec![batch, height, width, channels])?;
-            x = x.add(&image.permute(&[0, 3, 1, 2])?)?;
+            // Channels-last, so a sequence of pixels is a view: (batch, height·width, channels)
+            let sequence = |image: &Tensor<B>| {
+                image.permute(&[0, 2, 3, 1])?.reshape(vec![batch, height * width, channels])
+            };
+            let normed = sequence(&group_norm.forward(&x)?)?;
+            let seen = attention.forward_self_onto(&normed, &sequence(&x)?)?;
+            x = seen.reshape(vec![batch, height, width, channels])?.permute(&[0, 3, 1, 2])?;
         }
         self.second.forward(&x, None)
     }

@@ -135,7 +135,7 @@ impl<B: Backend> DownEncoderBlock<B> {
             let inner = if i == 0 { inner } else { out };
             ResnetBlock2D::load(&names.at("resnets").at(i), inner, out, None, config.norm())
         };
-        let halving = Conv2dOp { stride: 2, padding: 0, upsample: None };
+        let halving = Conv2dOp { stride: 2, padding: 0, ..Conv2dOp::same(3) };
         let downsampler = || Conv2d::load(&names.at("downsamplers.0.conv"), out, out, 3, halving);
         Ok(Self {
             resnets: (0..config.layers_per_block).map(resnet).collect::<Result<_>>()?,

@@ -291,11 +291,11 @@ schema! {
     structs {
         Size2d { height, width }
         Noise { seed, skip }
-        Conv2d { stride, padding, upsample }
+        Conv2d { stride, padding, upsample, residual }
         GroupNorm { groups, eps, silu }
         LayerNorm { eps }
         Attention { heads, scale, causal }
-        Linear { activation }
+        Linear { activation, residual }
         Copy2d {
             rows, columns, source_stride, target_stride, source_offset, target_offset,
         }

@@ -162,7 +162,22 @@ impl<B: Backend> Tensor<B> {
     /// # Errors
     /// If the shapes do not fit.
     pub fn conv2d(&self, weight: &Weight<B>, bias: Option<&Self>, op: Conv2d) -> Result<Self> {
-        self.with_weight(Fused::Conv2d(op), weight, bias)
+        self.conv2d_onto(weight, bias, None, op)
+    }
+
+    /// As [`conv2d`](Self::conv2d), with something of the result's shape added to it.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn conv2d_onto(
+        &self,
+        weight: &Weight<B>,
+        bias: Option<&Self>,
+        residual: Option<&Self>,
+        op: Conv2d,
+    ) -> Result<Self> {
+        let op = Conv2d { residual: residual.is_some(), ..op };
+        self.with_weight(&Fused::Conv2d(op), weight, bias, residual)
     }
 
     /// See [`Linear`]; `(…, out)`, row-major.
@@ -175,13 +190,35 @@ impl<B: Backend> Tensor<B> {
         bias: Option<&Self>,
         activation: Activation,
     ) -> Result<Self> {
-        self.with_weight(Fused::Linear(Linear { activation }), weight, bias)
+        self.linear_onto(weight, bias, None, activation)
     }
 
-    fn with_weight(&self, op: Fused, weight: &Weight<B>, bias: Option<&Self>) -> Result<Self> {
-        match bias {
-            Some(bias) => Self::fused(&op, &[self, &weight.0, bias]),
-            None => Self::fused(&op, &[self, &weight.0]),
+    /// As [`linear`](Self::linear), with something of the result's shape added to it.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn linear_onto(
+        &self,
+        weight: &Weight<B>,
+        bias: Option<&Self>,
+        residual: Option<&Self>,
+        activation: Activation,
+    ) -> Result<Self> {
+        let op = Linear { activation, residual: residual.is_some() };
+        self.with_weight(&Fused::Linear(op), weight, bias, residual)
+    }
+
+    fn with_weight(
+        &self,
+        op: &Fused,
+        weight: &Weight<B>,
+        bias: Option<&Self>,
+        residual: Option<&Self>,
+    ) -> Result<Self> {
+        match (bias, residual) {
+            (Some(bias), Some(residual)) => Self::fused(op, &[self, &weight.0, bias, residual]),
+            (Some(last), None) | (None, Some(last)) => Self::fused(op, &[self, &weight.0, last]),
+            (None, None) => Self::fused(op, &[self, &weight.0]),
         }
     }
 

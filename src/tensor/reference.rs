@@ -6,6 +6,7 @@ use candle_core::DType;
 use candle_core::op::{Add, Div, Exp, GeluErf, Mul, Recip, Silu, Sqrt, Sub};
 
 use super::Tensor;
+use crate::backend::weighted::Weighted;
 use crate::backend::{
     Activation, Attention, Backend, Conv2d, Fused, GroupNorm, LayerNorm, Linear, Size2d,
 };
@@ -24,11 +25,15 @@ pub fn fused<B: Backend>(op: &Fused, args: &[&Tensor<B>]) -> Result<Tensor<B>> {
     }
     let args: Vec<_> = args.iter().map(|x| x.to_dtype(DType::F32)).collect::<Result<_>>()?;
     let result = match (op, args.as_slice()) {
-        (Fused::Conv2d(op), [x, weight, bias @ ..]) => conv2d(op, x, weight, bias.first()),
+        (Fused::Conv2d(op), args) => onto(Weighted::of(args, op.residual)?, |operands| {
+            conv2d(op, operands.x, operands.weight, operands.bias)
+        }),
         (Fused::GroupNorm(op), [x, weight, bias]) => group_norm(op, x, weight, bias),
         (Fused::LayerNorm(op), [x, weight, bias]) => layer_norm(op, x, weight, bias),
         (Fused::Attention(op), [query, key, value]) => attention(op, query, key, value),
-        (Fused::Linear(op), [x, weight, bias @ ..]) => linear(op, x, weight, bias.first()),
+        (Fused::Linear(op), args) => onto(Weighted::of(args, op.residual)?, |operands| {
+            linear(op, operands.x, operands.weight, operands.bias)
+        }),
         (Fused::Geglu, [x]) => geglu(x),
         (Fused::LinearCombination(coefficients), terms) => linear_combination(coefficients, terms),
         (Fused::Pixels, [x]) => return pixels(x),
@@ -36,6 +41,15 @@ pub fn fused<B: Backend>(op: &Fused, args: &[&Tensor<B>]) -> Result<Tensor<B>> {
         (op, args) => Err(Error::other(format!("{} of {} operands", op.name(), args.len()))),
     };
     result?.to_dtype(dtype)
+}
+
+/// What `compute` makes of the operands, and the residual that is added to it.
+fn onto<'a, B: Backend>(
+    operands: Weighted<'a, Tensor<B>>,
+    compute: impl FnOnce(&Weighted<'a, Tensor<B>>) -> Result<Tensor<B>>,
+) -> Result<Tensor<B>> {
+    let made = compute(&operands)?;
+    operands.residual.map_or(Ok(made.clone()), |residual| made.add(residual))
 }
 
 fn conv2d<B: Backend>(

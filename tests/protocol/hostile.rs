@@ -139,8 +139,9 @@ fn views_that_do_not_fit_their_buffer_are_refused() -> Result<()> {
 fn operands_that_do_not_fit_their_op_are_refused() -> Result<()> {
     let victim = Victim::new(LIMITS)?;
     let Victim { flat, matrix, ids, .. } = victim;
-    let conv =
-        |padding, upsample| Op::Fused(Fused::Conv2d(Conv2d { stride: 1, padding, upsample }));
+    let conv = |padding, upsample| {
+        Op::Fused(Fused::Conv2d(Conv2d { stride: 1, padding, upsample, residual: false }))
+    };
     let image = || view(flat, &[1, 1, 2, 3], &[6, 6, 3, 1], 0);
     let enlarged = Some(Size2d { height: LARGE, width: LARGE });
     let zeros = |dims| Op::Zeros { dtype: DType::F32, dims };
@@ -191,8 +192,9 @@ fn operands_that_do_not_fit_their_op_are_refused() -> Result<()> {
 fn a_weight_that_is_packed_for_one_op_is_nothing_to_any_other() -> Result<()> {
     let victim = Victim::new(LIMITS)?;
     let Victim { flat, matrix, ids, packed, .. } = victim;
-    let linear = || Op::Fused(Fused::Linear(Linear { activation: Activation::Identity }));
-    let conv = Op::Fused(Fused::Conv2d(Conv2d { stride: 1, padding: 0, upsample: None }));
+    let linear =
+        || Op::Fused(Fused::Linear(Linear { activation: Activation::Identity, residual: false }));
+    let conv = Op::Fused(Fused::Conv2d(Conv2d { padding: 0, ..Conv2d::same(1) }));
     for (op, args) in [
         (Op::Binary(Binary::Add), vec![whole(packed), whole(packed)]),
         (Op::Cast { dtype: DType::F16 }, vec![whole(packed)]),

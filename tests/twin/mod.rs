@@ -98,7 +98,7 @@ fn the_first_op_that_differs_is_named_with_its_operands() -> Result<()> {
         assert_eq!(found.identical + 1, found.compared, "{op} {fault:?}: what was before it");
         Ok(())
     };
-    let conv = "conv2d, Conv2d { stride: 1, padding: 1, upsample: None }";
+    let conv = "conv2d, Conv2d { stride: 1, padding: 1, upsample: None, residual: false }";
     let image = "f32 [1, 3, 4, 4] strides [48, 16, 4, 1] offset 48, from op 1 (constant)";
     check("conv2d", Fault::ForgetsOffset, 4, conv, image)?;
     check("conv2d", Fault::NotANumber, 4, conv, image)?;

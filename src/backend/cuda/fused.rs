@@ -12,6 +12,7 @@ use super::sources::{ATTENTION, ELEMENT, NORM};
 use crate::backend::View as Operand;
 use crate::backend::fused::{Attention, Fused, GroupNorm, LayerNorm, Meta, MetaRef, Role};
 use crate::backend::order::{channels_last, dense_in_order, memory_order};
+use crate::backend::weighted::Weighted;
 use crate::error::{Error, Result};
 
 /// Terms of one launch of a linear combination.
@@ -51,11 +52,17 @@ fn on_gpu(op: &Fused, args: &[Operand<'_, Storage>]) -> Option<Result<Storage>> 
     let [x, rest @ ..] = args else { return None };
     let bias = |place: usize| rest.get(place).copied();
     match op {
-        Fused::Conv2d(attributes) => Some(attributes.launch(*x, *rest.first()?, bias(1))),
+        Fused::Conv2d(attributes) => {
+            let operands = Weighted::of(args, attributes.residual);
+            Some(operands.and_then(|operands| attributes.launch(&operands)))
+        }
         Fused::GroupNorm(attributes) => attributes.launch(*x, *rest.first()?, bias(1)?),
         Fused::LayerNorm(attributes) => attributes.launch(*x, *rest.first()?, bias(1)?),
         Fused::Attention(attributes) => attributes.launch(*x, *rest.first()?, bias(1)?),
-        Fused::Linear(attributes) => Some(attributes.launch(*x, *rest.first()?, bias(1))),
+        Fused::Linear(attributes) => {
+            let operands = Weighted::of(args, attributes.residual);
+            Some(operands.and_then(|operands| attributes.launch(&operands)))
+        }
         Fused::Geglu => geglu(*x),
         Fused::LinearCombination(coefficients) => combination(coefficients, args),
         Fused::Cat { dim } => cat(*dim, op, args),
@@ -96,9 +103,12 @@ impl Dense {
     }
 
     /// Of an operand that may be missing.
-    pub fn maybe(x: Option<Operand<'_, Storage>>) -> Result<Self> {
+    pub fn maybe<'a>(
+        x: Option<Operand<'a, Storage>>,
+        dense: impl FnOnce(Operand<'a, Storage>) -> Result<Self>,
+    ) -> Result<Self> {
         match x {
-            Some(x) => Self::row_major(x),
+            Some(x) => dense(x),
             None => Ok(Self { copy: None, address: Address(0) }),
         }
     }

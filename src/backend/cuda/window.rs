@@ -11,6 +11,7 @@ use super::launching::numbers;
 use super::sources::CONV2D;
 use crate::backend::View as Operand;
 use crate::backend::fused::{Activation, Conv2d, Linear};
+use crate::backend::weighted::Weighted;
 use crate::error::{Error, Result};
 
 /// What convolutions and linear layers have in common: an image, a window, and what follows.
@@ -31,7 +32,7 @@ impl Window {
     fn launch(
         &self,
         x: Operand<'_, Storage>,
-        [image, weight, bias]: [Address; 3],
+        [image, weight, bias, residual]: [Address; 4],
     ) -> Result<Storage> {
         let dtype = x.storage.dtype();
         let numbers = numbers(dtype).ok_or_else(|| Error::other("no float type"))?;
@@ -57,7 +58,7 @@ impl Window {
             .pointer(image)
             .pointer(weight)
             .pointer(bias)
-            .pointer(Address(0))
+            .pointer(residual)
             .pointer(result.address())
             .pointer(Address(0));
         let argument = sizes.into_iter().fold(start, Arguments::int);
@@ -83,12 +84,8 @@ impl Window {
 }
 
 impl Conv2d {
-    pub(super) fn launch(
-        &self,
-        x: Operand<'_, Storage>,
-        weight: Operand<'_, Storage>,
-        bias: Option<Operand<'_, Storage>>,
-    ) -> Result<Storage> {
+    pub(super) fn launch(&self, operands: &Weighted<'_, Operand<'_, Storage>>) -> Result<Storage> {
+        let (x, weight) = (*operands.x, *operands.weight);
         let &[batch, channels, height, width] = x.layout.dims() else {
             return Err(Error::other("an image has 4 dimensions"));
         };
@@ -100,7 +97,8 @@ impl Conv2d {
             true => Dense { copy: None, address: weight.storage.address() },
             false => Dense::channels_last(weight)?,
         };
-        let bias = Dense::maybe(bias)?;
+        let bias = Dense::maybe(operands.bias.copied(), Dense::row_major)?;
+        let residual = Dense::maybe(operands.residual.copied(), Dense::channels_last)?;
         let enlarged = self.upsample.map_or([0, 0], |size| [size.height, size.width]);
         let size = self.input_size(height, width);
         let moves = |size: usize, kernel: usize| {
@@ -118,22 +116,21 @@ impl Conv2d {
             out_size: [moves(size.height, kernel_h), moves(size.width, kernel_w)],
             activation: Activation::Identity,
         };
-        window.launch(x, [image.address, prepared.address, bias.address])
+        let addresses = [image.address, prepared.address, bias.address, residual.address];
+        window.launch(x, addresses)
     }
 }
 
 impl Linear {
-    pub(super) fn launch(
-        &self,
-        x: Operand<'_, Storage>,
-        weight: Operand<'_, Storage>,
-        bias: Option<Operand<'_, Storage>>,
-    ) -> Result<Storage> {
+    pub(super) fn launch(&self, operands: &Weighted<'_, Operand<'_, Storage>>) -> Result<Storage> {
+        let (x, weight) = (*operands.x, *operands.weight);
         let &[out, inner] = weight.layout.dims() else {
             return Err(Error::other("the weight has 2 dimensions"));
         };
         let rows = x.layout.shape().elem_count() / inner;
-        let (input, bias) = (Dense::row_major(x)?, Dense::maybe(bias)?);
+        let input = Dense::row_major(x)?;
+        let bias = Dense::maybe(operands.bias.copied(), Dense::row_major)?;
+        let residual = Dense::maybe(operands.residual.copied(), Dense::row_major)?;
         let weight = match weight.storage.is_prepared() {
             true => Dense { copy: None, address: weight.storage.address() },
             false => Dense::row_major(weight)?,
@@ -150,7 +147,7 @@ impl Linear {
             out_size: [1, 1],
             activation: self.activation,
         };
-        window.launch(x, [input.address, weight.address, bias.address])
+        window.launch(x, [input.address, weight.address, bias.address, residual.address])
     }
 }
 

@@ -148,8 +148,9 @@ fn fused() -> Vec<Fused> {
     let activations =
         [Activation::Identity, Activation::Silu, Activation::QuickGelu, Activation::Gelu];
     let mut ops = vec![
-        Fused::Conv2d(Conv2d { stride: 2, padding: 1, upsample: None }),
-        Fused::Conv2d(Conv2d { stride: 1, padding: 1, upsample }),
+        Fused::Conv2d(Conv2d { stride: 2, ..Conv2d::same(3) }),
+        Fused::Conv2d(Conv2d { upsample, ..Conv2d::same(3) }),
+        Fused::Conv2d(Conv2d { residual: true, ..Conv2d::same(3) }),
         Fused::GroupNorm(GroupNorm { groups: 2, eps: 1e-5, silu: false }),
         Fused::GroupNorm(GroupNorm { groups: 2, eps: 1e-3, silu: true }),
         Fused::LayerNorm(LayerNorm { eps: 1e-5 }),
@@ -163,7 +164,9 @@ fn fused() -> Vec<Fused> {
         Fused::Prepare(Role::Conv2d { stride: 1 }),
         Fused::Prepare(Role::Conv2d { stride: 2 }),
     ];
-    ops.extend(activations.map(|activation| Fused::Linear(Linear { activation })));
+    let linear = |activation, residual| Fused::Linear(Linear { activation, residual });
+    ops.extend(activations.map(|activation| linear(activation, false)));
+    ops.push(linear(Activation::Gelu, true));
     ops
 }
 
@@ -228,13 +231,21 @@ fn fused_samples(op: &Fused, dtype: DType) -> Option<Vec<Sample>> {
         return None;
     }
     Some(match op {
-        Fused::Conv2d(_) => vec![sample(&[2, 3, 5, 6]), sample(&[4, 3, 3, 3]), sample(&[4])],
+        Fused::Conv2d(op) => {
+            let residual = op.residual.then(|| sample(&[2, 4, 5, 6]));
+            let operands = [sample(&[2, 3, 5, 6]), sample(&[4, 3, 3, 3]), sample(&[4])];
+            operands.into_iter().chain(residual).collect()
+        }
         Fused::GroupNorm(_) => vec![sample(&[2, 4, 3, 5]), sample(&[4]), sample(&[4])],
         Fused::LayerNorm(_) => vec![sample(&[2, 3, 8]), sample(&[8]), sample(&[8])],
         Fused::Attention(_) => {
             vec![sample(&[2, 3, 8]), sample(&[2, 3, 8]), sample(&[2, 3, 8])]
         }
-        Fused::Linear(_) => vec![sample(&[2, 3, 8]), sample(&[5, 8]), sample(&[5])],
+        Fused::Linear(op) => {
+            let residual = op.residual.then(|| sample(&[2, 3, 5]));
+            let operands = [sample(&[2, 3, 8]), sample(&[5, 8]), sample(&[5])];
+            operands.into_iter().chain(residual).collect()
+        }
         Fused::Geglu => vec![sample(&[2, 3, 8])],
         Fused::LinearCombination(terms) => terms.iter().map(|_| sample(&[2, 3, 4])).collect(),
         Fused::Cat { .. } => {

@@ -7,50 +7,51 @@ use half::bf16;
 
 use super::super::Storage;
 use super::element::{As, Element, with_number};
-use super::matrix::{Panels, product};
+use super::matrix::{Onto, Panels, product};
 use super::memory::{in_order, row_major};
 use super::micro::Unit;
 use super::pair::Pair;
 use super::spare;
 use super::weight::{Form, held};
 use super::winograd;
+use crate::backend::weighted::Weighted;
 use crate::backend::{Conv2d, Meta, Role, View};
 use crate::error::{Error, Result};
 
 /// See [`Conv2d`]; `(batch, height, width, out)` in memory.
 pub fn conv2d(op: &Conv2d, args: &[View<'_, Storage>], meta: &Meta) -> Result<CpuStorage> {
-    let [x, weight, bias @ ..] = args else { return Err(Error::other("conv2d of one operand")) };
-    let (held, bias) = (held(*weight, Role::Conv2d { stride: op.stride })?, bias.first().copied());
+    let operands = Weighted::of(args, op.residual)?;
+    let held = held(*operands.weight, Role::Conv2d { stride: op.stride })?;
     match held.form() {
         Form::Panels(panels) => {
-            with_number!(meta.dtype, T => {
-                direct::<T, f32>(op, [*x, *weight], panels, bias, meta)
-            })
+            with_number!(meta.dtype, T => direct::<T, f32>(op, &operands, panels, meta))
         }
-        Form::Pairs(panels) => direct::<bf16, Pair>(op, [*x, *weight], panels, bias, meta),
-        Form::Transformed(kernel) => winograd::conv2d(op, *x, kernel, bias, meta),
+        Form::Pairs(panels) => direct::<bf16, Pair>(op, &operands, panels, meta),
+        Form::Transformed(kernel) => winograd::conv2d(op, &operands, kernel, meta),
     }
 }
 
 fn direct<T, U>(
     op: &Conv2d,
-    [x, weight]: [View<'_, Storage>; 2],
+    operands: &Weighted<'_, View<'_, Storage>>,
     panels: &Panels<U>,
-    bias: Option<View<'_, Storage>>,
     meta: &Meta,
 ) -> Result<CpuStorage>
 where
     T: Element + As<U::Number>,
     U: Unit,
 {
+    let &Weighted { x, weight, bias, residual } = operands;
     let (&[_, channels, height, width], &[_, _, kernel_h, kernel_w], &[batch, out, out_h, out_w]) =
         (x.layout.dims(), weight.layout.dims(), meta.layout.dims())
     else {
         return Err(Error::other("conv2d of operands without 4 dimensions"));
     };
     let size = op.input_size(height, width);
-    let x = in_order::<T>(x, &[0, 2, 3, 1])?;
-    let bias = bias.map(row_major).transpose()?;
+    let x = in_order::<T>(*x, &[0, 2, 3, 1])?;
+    let bias = bias.map(|bias| row_major(*bias)).transpose()?;
+    let residual = residual.map(|view| in_order::<T>(*view, &[0, 2, 3, 1])).transpose()?;
+    let onto = Onto { bias: bias.as_deref(), residual: residual.as_deref() };
     let rows = seen(op, out_h, kernel_h, size.height, height)?;
     let columns = seen(op, out_w, kernel_w, size.width, width)?;
     let fill = |pixel: usize, k0: usize, mut piece: &mut [U::Number]| {
@@ -74,7 +75,7 @@ where
         }
     };
     let mut values = spare::take::<T>(batch * out_h * out_w * out)?;
-    product(batch * out_h * out_w, panels, bias.as_deref(), &mut values, fill, |_| ());
+    product(batch * out_h * out_w, panels, &onto, &mut values, fill, |_| ());
     Ok(T::store(values))
 }
 

@@ -9,7 +9,7 @@ use super::element::{As, Element};
 use super::halves::Halves;
 use super::memory::{Shared, zeroed};
 use super::micro::{self, DEPTH, HALF, ROW, Unit, WIDTH};
-use super::simd::Isa;
+use super::simd::{Isa, for_each_isa};
 use super::spare;
 use crate::error::{Error, Result};
 
@@ -197,20 +197,30 @@ pub fn pack_panel<T: As<N> + Element, N: Element>(
     }
 }
 
-/// `out = finish(rows · panels + bias)`, `(rows, n)` row-major, rounded once.
+/// What is added to a product.
+pub struct Onto<'a, O> {
+    /// To each row.
+    pub bias: Option<&'a [f32]>,
+    /// To the finished result, of whose shape it is.
+    pub residual: Option<&'a [O]>,
+}
+
+/// `out = finish(rows · panels + bias) + residual`, `(rows, n)` row-major, rounded once.
 ///
 /// `fill(row, k0, piece)` writes numbers of a row from the `k0`-th on. How the work is split
 /// follows from the shape alone.
 pub fn product<U: Unit, O: Element>(
     rows: usize,
     panels: &Panels<U>,
-    bias: Option<&[f32]>,
+    onto: &Onto<'_, O>,
     out: &mut [O],
     fill: impl Fn(usize, usize, &mut [U::Number]) + Sync,
     finish: impl Fn(&mut [f32]) + Sync,
 ) {
     let n = panels.columns();
+    let &Onto { bias, residual } = onto;
     assert!(out.len() == rows * n && bias.is_none_or(|bias| bias.len() == n));
+    assert!(residual.is_none_or(|residual| residual.len() == out.len()));
     let (isa, out) = (Isa::detect(), Shared::new(out));
     let tiles = rows.div_ceil(TILE);
     let across = panels.count().div_ceil(PANELS).max(TASKS.div_ceil(tiles.max(1)));
@@ -243,11 +253,36 @@ pub fn product<U: Unit, O: Element>(
             for (row, c) in part_rows.zip(c.chunks_exact_mut(c_row)) {
                 let c = &mut c[..end - first];
                 finish(c);
+                if let Some(residual) = residual {
+                    add_to(&residual[row * n + first..][..c.len()], c);
+                }
                 // SAFETY: tasks differ in their rows or in their columns, and neither overlap.
                 O::narrow(c, unsafe { out.piece(row * n + first, c.len()) });
             }
         });
     });
+}
+
+/// `sums += values`, widened piece by piece.
+pub fn add_to<O: Element>(values: &[O], sums: &mut [f32]) {
+    const PIECE: usize = 64;
+    if let Some(values) = O::as_f32(values) {
+        return add_all(values, sums);
+    }
+    let mut wide = [0.0; PIECE];
+    for (values, sums) in values.chunks(PIECE).zip(sums.chunks_mut(PIECE)) {
+        let wide = &mut wide[..values.len()];
+        O::widen(values, wide);
+        add_all(wide, sums);
+    }
+}
+
+for_each_isa! {
+    pub fn add_all(values: &[f32], sums: &mut [f32]) {
+        for (sum, value) in sums.iter_mut().zip(values) {
+            *sum += value;
+        }
+    }
 }
 
 thread_local! {

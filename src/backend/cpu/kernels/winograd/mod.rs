@@ -17,10 +17,12 @@ use rayon::prelude::*;
 
 use super::super::Storage;
 use super::element::{Element, with_number};
+use super::matrix::{Onto, add_to};
 use super::memory::{Shared, check, in_order, row_major};
 use super::micro::{self, DEPTH, ROW, WIDTH};
 use super::simd::{Isa, prefetch};
 use super::spare;
+use crate::backend::weighted::Weighted;
 use crate::backend::{Conv2d, Meta, Size2d, View};
 use crate::error::{Error, Result};
 pub use kernel::Kernel;
@@ -39,36 +41,40 @@ const WIDENED: usize = 64;
 /// See [`Conv2d`]; `(batch, height, width, out)` in memory. The stride is 1.
 pub fn conv2d(
     op: &Conv2d,
-    x: View<'_, Storage>,
+    operands: &Weighted<'_, View<'_, Storage>>,
     kernel: &Kernel,
-    bias: Option<View<'_, Storage>>,
     meta: &Meta,
 ) -> Result<CpuStorage> {
-    check(x)?;
+    let &Weighted { x, bias, residual, .. } = operands;
+    check(*x)?;
     let work = Work::new(op, x.layout, kernel, meta)?;
-    let bias = bias.map(row_major).transpose()?;
+    let bias = bias.map(|bias| row_major(*bias)).transpose()?;
     let mut filled = vec![0.0; kernel.columns().next_multiple_of(WIDTH)];
     if let Some(bias) = bias {
         filled[..bias.len()].copy_from_slice(&bias);
     }
-    with_number!(meta.dtype, T => finish::<T>(&work, x, &filled, meta))
+    with_number!(meta.dtype, T => {
+        let residual = residual.map(|view| in_order::<T>(*view, &[0, 2, 3, 1])).transpose()?;
+        let onto = Onto { bias: Some(&filled), residual: residual.as_deref() };
+        finish::<T>(&work, *x, &onto, meta)
+    })
 }
 
 fn finish<T: Element>(
     work: &Work<'_>,
     x: View<'_, Storage>,
-    bias: &[f32],
+    onto: &Onto<'_, T>,
     meta: &Meta,
 ) -> Result<CpuStorage> {
     let mut made = spare::take::<T>(meta.layout.shape().elem_count())?;
     match T::of(x.storage.elements()?) {
         Some(values) if x.layout.stride()[1] == 1 => {
-            work.run(&Image::new(values, x.layout), bias, &mut made)?;
+            work.run(&Image::new(values, x.layout), onto, &mut made)?;
         }
         _ => {
             let dense = in_order::<T>(x, &[0, 2, 3, 1])?;
             let order = crate::backend::order::channels_last(x.layout.shape().dims4()?.into());
-            work.run(&Image::new(&dense, &order), bias, &mut made)?;
+            work.run(&Image::new(&dense, &order), onto, &mut made)?;
         }
     }
     Ok(T::store(made))
@@ -211,9 +217,10 @@ impl<'a> Work<'a> {
     fn run<X: Element, Y: Element>(
         &self,
         image: &Image<'_, X>,
-        bias: &[f32],
+        onto: &Onto<'_, Y>,
         made: &mut [Y],
     ) -> Result<()> {
+        assert!(onto.residual.is_none_or(|residual| residual.len() == made.len()));
         let places = self.side().pow(2);
         let mut v = spare::take(places * self.plane())?;
         let mut m = spare::take(places * self.products_plane())?;
@@ -232,7 +239,7 @@ impl<'a> Work<'a> {
                 self.multiply(place, &part, &v, products);
             });
             let tiles = (0..count).into_par_iter();
-            tiles.for_each(|tile| self.finish(first + tile, tile, &m, bias, &made));
+            tiles.for_each(|tile| self.finish(first + tile, tile, &m, onto, &made));
         }
         spare::keep(v);
         spare::keep(m);
@@ -357,12 +364,16 @@ impl<'a> Work<'a> {
         tile: usize,
         at: usize,
         m: &[f32],
-        bias: &[f32],
+        onto: &Onto<'_, Y>,
         made: &Shared<'_, Y>,
     ) {
+        let bias = onto.bias.unwrap_or_default();
+        let places = self.places(tile);
+        self.foresee(&places, 0, onto.residual);
         let mut pixels: Made = [[0.0; WIDTH]; MADE * MADE];
         for part in (0..self.parts).map(|i| self.part(i)) {
             for (i, panel) in part.panels.clone().enumerate() {
+                self.foresee(&places, (panel + 1) * WIDTH, onto.residual);
                 let bias = &bias[panel * WIDTH..][..self.kernel.width(panel)];
                 let m = &m[part.start + at * part.row + i * WIDTH..];
                 let (plane, next) = (self.products_plane(), part.row);
@@ -370,28 +381,57 @@ impl<'a> Work<'a> {
                     true => transform::output_doubled(m, plane, next, bias, &mut pixels),
                     false => transform::output(m, plane, next, bias, &mut pixels),
                 }
-                self.write(tile, panel * WIDTH, &pixels, made);
+                self.write(&places, panel * WIDTH, &mut pixels, onto.residual, made);
+            }
+        }
+    }
+
+    /// Where those pixels of a tile begin that the result has.
+    fn places(&self, tile: usize) -> Places {
+        let (row, column, picture) = self.locate(tile);
+        from_fn(|i| {
+            let (y, x) = (row * MADE + i / MADE, column * MADE + i % MADE);
+            let place = (picture * self.made.height + y) * self.made.width + x;
+            let is_there = y < self.made.height && x < self.made.width;
+            is_there.then_some(place * self.kernel.columns())
+        })
+    }
+
+    /// Asks for what will be added to some columns of a tile's pixels.
+    fn foresee<Y: Element>(&self, places: &Places, first: usize, residual: Option<&[Y]>) {
+        const LINE_BYTES: usize = 64;
+        let Some(residual) = residual.filter(|_| first < self.kernel.columns()) else { return };
+        for place in places.iter().flatten() {
+            for at in (0..WIDTH).step_by(LINE_BYTES / size_of::<Y>()) {
+                prefetch::<true, Y>(residual.as_ptr().wrapping_add(place + first + at));
             }
         }
     }
 
     /// Writes those pixels of a tile that the result has, from one column on.
-    fn write<Y: Element>(&self, tile: usize, first: usize, pixels: &Made, made: &Shared<'_, Y>) {
-        let (row, column, picture) = self.locate(tile);
-        let columns = self.kernel.columns();
-        let count = WIDTH.min(columns - first);
-        let (y, x) = (row * MADE, column * MADE);
-        for (i, pixel) in pixels.iter().enumerate() {
-            let (y, x) = (y + i / MADE, x + i % MADE);
-            if y < self.made.height && x < self.made.width {
-                let place = (picture * self.made.height + y) * self.made.width + x;
-                // SAFETY: tasks differ in their tiles or in their columns, and neither overlap.
-                let to = unsafe { made.piece(place * columns + first, count) };
-                Y::narrow(&pixel[..count], to);
+    fn write<Y: Element>(
+        &self,
+        places: &Places,
+        first: usize,
+        pixels: &mut Made,
+        residual: Option<&[Y]>,
+        made: &Shared<'_, Y>,
+    ) {
+        let count = WIDTH.min(self.kernel.columns() - first);
+        for (pixel, place) in pixels.iter_mut().zip(places) {
+            let Some(place) = *place else { continue };
+            let (start, pixel) = (place + first, &mut pixel[..count]);
+            if let Some(residual) = residual {
+                add_to(&residual[start..][..count], pixel);
             }
+            // SAFETY: tasks differ in their tiles or in their columns, and neither overlap.
+            Y::narrow(pixel, unsafe { made.piece(start, count) });
         }
     }
 }
+
+/// Where the pixels of a tile begin in the result, if they are there.
+type Places = [Option<usize>; MADE * MADE];
 
 /// What a tile sees beside the image.
 static ZEROS: [f32; DEPTH] = [0.0; DEPTH];
