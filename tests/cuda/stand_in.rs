@@ -172,6 +172,7 @@ fn what_is_missing_or_too_small_is_one_line() {
     check("cuda:1", ("X", ""), "there is no GPU 1: the driver has 1");
     check("cuda", ("TINY_SD_STAND_IN_MEMORY", "100000"), "out of memory: the GPU has no ");
     check("cuda", ("TINY_SD_STAND_IN_CAPABILITY", "3.5"), "no code for compute capability 3.5");
+    check("cuda", ("TINY_SD_STAND_IN_DRIVER", "11080"), "serves CUDA 11.8, and 12.0 is needed");
     check("cuda", ("LD_LIBRARY_PATH", "/nowhere"), "there is no NVIDIA driver here");
 }
 

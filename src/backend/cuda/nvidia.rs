@@ -16,6 +16,8 @@ use super::driver::{Address, Driver, Graph, Launch, Numbers, Reached, Source};
 use super::kernel_cache::KernelCache;
 use crate::error::{Error, Result};
 
+/// The oldest CUDA whose drivers have all that is asked of them: graphs by explicit nodes.
+const OLDEST_CUDA: (i32, i32) = (12, 0);
 /// Shared memory of a block that needs no asking.
 const PLAIN_SHARED_BYTES: u32 = 48 << 10;
 
@@ -55,15 +57,30 @@ pub struct Found {
 /// The newest version of CUDA that the driver serves, major and minor, and where the driver is.
 ///
 /// # Errors
-/// If there is none, or it does not start.
+/// If there is none, it does not start, or it is too old.
 pub fn driver_version() -> Result<((i32, i32), Option<String>)> {
-    Nvidia::count()?;
+    check_driver()?;
     let mut version = 0;
     // SAFETY: the driver is loaded; the place is there.
     unsafe { sys::cuDriverGetVersion(&raw mut version) }
         .result()
         .map_err(|error| failed("its version", error))?;
-    Ok(((version / 1000, version % 1000 / 10), loaded_from("libcuda.so")))
+    let (major, minor) = (version / 1000, version % 1000 / 10);
+    if (major, minor) < OLDEST_CUDA {
+        let (least, _) = OLDEST_CUDA;
+        return Err(Error::usage(format!(
+            "NVIDIA's driver serves CUDA {major}.{minor}, and {least}.0 is needed: update it"
+        )));
+    }
+    Ok(((major, minor), loaded_from("libcuda.so")))
+}
+
+fn check_driver() -> Result<()> {
+    // SAFETY: it only opens and closes libraries.
+    match unsafe { sys::is_culib_present() } {
+        true => Ok(()),
+        false => Err(Error::usage("there is no NVIDIA driver here (no libcuda.so.1)")),
+    }
 }
 
 impl Nvidia {
@@ -90,12 +107,9 @@ impl Nvidia {
     /// How many GPUs the driver has, or in one line why it has none.
     ///
     /// # Errors
-    /// If there is no driver, or it does not start.
+    /// If there is no driver, or it does not start or is too old.
     pub fn count() -> Result<usize> {
-        // SAFETY: it only opens and closes libraries.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(Error::usage("there is no NVIDIA driver here (no libcuda.so.1)"));
-        }
+        driver_version()?;
         let count = CudaContext::device_count().map_err(|error| failed("starting it", error))?;
         Ok(usize::try_from(count).unwrap_or_default())
     }

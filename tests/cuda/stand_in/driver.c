@@ -11,7 +11,8 @@
  * and found with LD_LIBRARY_PATH=FOLDER, where a link libcuda.so may be beside it.
  *
  * TINY_SD_STAND_IN_MEMORY: bytes of the device (8 GiB). TINY_SD_STAND_IN_CAPABILITY: its compute
- * capability (8.0). TINY_SD_STAND_IN_LOG: a file to which it adds lines about what was done. */
+ * capability (8.0). TINY_SD_STAND_IN_DRIVER: the CUDA that it serves (13000).
+ * TINY_SD_STAND_IN_LOG: a file to which it adds lines about what was done. */
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -198,7 +199,8 @@ CUresult cuDriverGetVersion(int *version) {
     if (!version) {
         return CUDA_ERROR_INVALID_VALUE;
     }
-    *version = 13000;
+    const char *set = getenv("TINY_SD_STAND_IN_DRIVER");
+    *version = set ? atoi(set) : 13000;
     return CUDA_SUCCESS;
 }
 
