@@ -9,10 +9,10 @@ mod stand_in;
 
 use std::time::{Duration, Instant};
 
-use candle_core::backend::BackendStorage;
+use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, DType, Layout};
 use tiny_sd::Result;
-use tiny_sd::backend::{Backend, cpu, cuda};
+use tiny_sd::backend::{Activation, Backend, Fused, Linear, Role, View, cpu, cuda};
 use tiny_sd::pipeline::{Additions, LoadOptions, Pipeline, Placement};
 use tiny_sd::progress::Silent;
 use tiny_sd::remote;
@@ -206,4 +206,36 @@ fn check_worker(device: &cuda::Device) {
 
 fn upload_host() -> cpu::Device {
     cpu::Device::with_threads(1).unwrap()
+}
+
+#[test]
+fn a_prepared_weight_is_read_as_what_it_is_and_nothing_else() -> Result<()> {
+    let device = device();
+    let buffer = |len: usize| device.storage_from_slice(&vec![1f32; len]);
+    let x = buffer(8)?;
+    let row = Layout::contiguous((1, 8));
+    let prepare = |role, dims: &[usize]| {
+        let weight = buffer(dims.iter().product())?;
+        let layout = Layout::contiguous(dims);
+        let view = View { storage: &weight, layout: &layout };
+        cuda::Storage::fused(&Fused::Prepare(role), &[view])
+    };
+    let linear = Fused::Linear(Linear { activation: Activation::Identity, residual: false });
+    // One number, seen as many: what is behind it would be read.
+    let small = prepare(Role::Linear, &[1, 1])?;
+    let spread = Layout::new((4000, 8).into(), vec![0, 0], 0);
+    let whole = prepare(Role::Linear, &[2, 8])?;
+    let part = Layout::contiguous_with_offset((1, 8), 8);
+    let image = prepare(Role::Conv2d { stride: 1 }, &[2, 8, 1, 1])?;
+    let flat = Layout::contiguous((2, 8));
+    for (weight, layout) in [(&small, &spread), (&whole, &part), (&image, &flat)] {
+        let views =
+            [(&x, &row), (weight, layout)].map(|(storage, layout)| View { storage, layout });
+        let error = cuda::Storage::fused(&linear, &views).unwrap_err().to_string();
+        assert!(error.contains("prepared for"), "{error}");
+    }
+    let views = [(&x, &row), (&whole, &flat)].map(|(storage, layout)| View { storage, layout });
+    let sums = cuda::Storage::fused(&linear, &views)?;
+    assert_eq!(numbers(&sums.to_cpu_storage()?), [8.0, 8.0]);
+    Ok(())
 }

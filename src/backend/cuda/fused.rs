@@ -465,5 +465,5 @@ fn prepare(role: Role, weight: Operand<'_, Storage>) -> Option<Result<Storage>> 
     };
     // Dimensions of size 1 have no place in an order; where they stand changes nothing.
     let copied = weight.storage.copied(weight.layout, &order)?;
-    Some(copied.map(Storage::prepared))
+    Some(copied.map(|copy| copy.prepared(role, weight.layout.dims())))
 }

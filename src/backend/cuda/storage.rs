@@ -15,28 +15,46 @@ use super::memory::Memory;
 use super::{Buffer, Device};
 use crate::backend::elements::{from_bytes, to_bytes};
 use crate::backend::order::fits;
-use crate::backend::{Backend, Fused, View};
+use crate::backend::{Backend, Fused, Role, View};
 
 /// A buffer of elements of one type.
 pub struct Storage {
     buffer: Buffer,
     dtype: DType,
     elements: usize,
-    /// Opaque to everything but the op it was prepared for.
-    is_prepared: bool,
+    /// What it was prepared for, and its dimensions then.
+    prepared: Option<(Role, Vec<usize>)>,
 }
 
 impl Storage {
     pub(super) fn new(buffer: Buffer, dtype: DType, elements: usize) -> Self {
-        Self { buffer, dtype, elements, is_prepared: false }
+        Self { buffer, dtype, elements, prepared: None }
     }
 
-    pub(super) fn prepared(self) -> Self {
-        Self { is_prepared: true, ..self }
+    /// A weight in the form that an op wants.
+    pub(super) fn prepared(self, role: Role, dims: &[usize]) -> Self {
+        Self { prepared: Some((role, dims.to_vec())), ..self }
     }
 
-    pub(super) fn is_prepared(&self) -> bool {
-        self.is_prepared
+    /// Where a prepared weight begins; none if it is a plain one. Views come from strangers, too,
+    /// and kernels read a prepared weight from its first element to its last.
+    ///
+    /// # Errors
+    /// If it was prepared for something else, or the view is not all of it.
+    pub(super) fn prepared_for(
+        &self,
+        role: Role,
+        layout: &Layout,
+    ) -> crate::Result<Option<Address>> {
+        let Some((own_role, own_dims)) = &self.prepared else { return Ok(None) };
+        let is_whole = layout.is_contiguous() && layout.start_offset() == 0;
+        if *own_role != role || layout.dims() != own_dims || !is_whole {
+            return Err(crate::Error::other(format!(
+                "a weight {own_dims:?} prepared for {own_role:?} is used as {:?} for {role:?}",
+                layout.dims()
+            )));
+        }
+        Ok(Some(self.address()))
     }
 
     /// How many there are.

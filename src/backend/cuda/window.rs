@@ -10,7 +10,7 @@ use super::fused::{Dense, ints};
 use super::launching::numbers;
 use super::sources::CONV2D;
 use crate::backend::View as Operand;
-use crate::backend::fused::{Activation, Conv2d, Linear};
+use crate::backend::fused::{Activation, Conv2d, Linear, Role};
 use crate::backend::weighted::Weighted;
 use crate::error::{Error, Result};
 
@@ -93,9 +93,10 @@ impl Conv2d {
             return Err(Error::other("the weight has 4 dimensions"));
         };
         let image = Dense::channels_last(x)?;
-        let prepared = match weight.storage.is_prepared() {
-            true => Dense { copy: None, address: weight.storage.address() },
-            false => Dense::channels_last(weight)?,
+        let role = Role::Conv2d { stride: self.stride };
+        let prepared = match weight.storage.prepared_for(role, weight.layout)? {
+            Some(address) => Dense { copy: None, address },
+            None => Dense::channels_last(weight)?,
         };
         let bias = Dense::maybe(operands.bias.copied(), Dense::row_major)?;
         let residual = Dense::maybe(operands.residual.copied(), Dense::channels_last)?;
@@ -131,9 +132,9 @@ impl Linear {
         let input = Dense::row_major(x)?;
         let bias = Dense::maybe(operands.bias.copied(), Dense::row_major)?;
         let residual = Dense::maybe(operands.residual.copied(), Dense::row_major)?;
-        let weight = match weight.storage.is_prepared() {
-            true => Dense { copy: None, address: weight.storage.address() },
-            false => Dense::row_major(weight)?,
+        let weight = match weight.storage.prepared_for(Role::Linear, weight.layout)? {
+            Some(address) => Dense { copy: None, address },
+            None => Dense::row_major(weight)?,
         };
         let window = Window {
             batch: rows,
