@@ -145,6 +145,29 @@ fn other_threads_work_while_one_records() -> Result<()> {
 }
 
 #[test]
+fn a_program_holds_no_more_than_its_recording_paid_for() -> Result<()> {
+    const FLOATS: usize = 16 << 20;
+    let gpu = Emulated::default();
+    let device = cuda::Device::new(gpu.clone())?;
+    let x = one(1.0, &device)?;
+    let greedy = || {
+        program("greedy", &device, &[&x], || {
+            // Each is freed before the next, and none may be used again.
+            for _ in 0..10 {
+                drop(Gpu::zeros(FLOATS, DType::F32, &device)?);
+            }
+            x.add(&x)
+        })
+    };
+    for _ in 0..2 {
+        assert_eq!(greedy()?.to_vec::<f32>()?, [2.0]);
+        assert!(gpu.held_bytes() < 4 * FLOATS, "{} bytes", gpu.held_bytes());
+    }
+    assert_eq!(device.replays(), 0, "it is too large to be kept");
+    Ok(())
+}
+
+#[test]
 fn memory_is_taken_back_from_programs_before_there_is_none() -> Result<()> {
     const FLOATS: usize = 25_000;
     let gpu = Emulated::with_memory(4 * 100_000);

@@ -10,6 +10,10 @@ use crate::error::Result;
 
 /// A block of a program may be so many times as large as what is kept in it.
 const MOST_WASTE: usize = 2;
+/// A program may hold so many times what was taken at once while it was recorded, and so much more:
+/// its blocks are counted by no session.
+const MOST_HELD: usize = 4;
+const MORE_HELD_BYTES: usize = 256 << 20;
 
 /// A driver, and what it had to do.
 pub(super) struct Hardware {
@@ -93,8 +97,7 @@ impl Drop for Memory {
     fn drop(&mut self) {
         match &self.home {
             Home::Hardware(hardware) => hardware.free(self.address, self.bytes.max(1)),
-            Home::Arena { is_kept: true, .. } => {}
-            Home::Arena { arena, is_kept: false } => arena.give_back(self.address),
+            Home::Arena { arena, .. } => arena.give_back(self),
         }
     }
 }
@@ -103,7 +106,18 @@ impl Drop for Memory {
 /// in every replay, and stay where they are as long as it may be replayed.
 pub(super) struct Arena {
     hardware: Arc<Hardware>,
-    blocks: Mutex<Vec<Block>>,
+    blocks: Mutex<Blocks>,
+}
+
+#[derive(Default)]
+struct Blocks {
+    all: Vec<Block>,
+    /// Of all of them.
+    bytes: usize,
+    /// Of those that are taken now, and the most that were at once: what whoever records has paid
+    /// for.
+    taken_bytes: usize,
+    most_bytes: usize,
 }
 
 struct Block {
@@ -118,8 +132,9 @@ impl Arena {
     }
 
     /// A block; one that is kept is used for nothing else before or after, so that what is
-    /// written there once is there in every run.
-    pub fn take(self: &Arc<Self>, bytes: usize, is_kept: bool) -> Result<Memory> {
+    /// written there once is there in every run. None if that would be more than a program may
+    /// hold.
+    pub fn take(self: &Arc<Self>, bytes: usize, is_kept: bool) -> Result<Option<Memory>> {
         let wanted = bytes.max(1);
         let mut blocks = self.lock();
         let fits = |block: &&mut Block| {
@@ -127,36 +142,48 @@ impl Arena {
                 && block.bytes >= wanted
                 && block.bytes <= wanted.saturating_mul(MOST_WASTE)
         };
-        let found = blocks.iter_mut().filter(fits).min_by_key(|block| block.bytes);
+        let found = blocks.all.iter_mut().filter(fits).min_by_key(|block| block.bytes);
         let address = match found.filter(|_| !is_kept) {
             Some(block) => {
                 block.is_free = false;
                 block.address
             }
             None => {
+                let most = blocks.most_bytes.max(blocks.taken_bytes.saturating_add(wanted));
+                let most = most.saturating_mul(MOST_HELD).saturating_add(MORE_HELD_BYTES);
+                if blocks.bytes.saturating_add(wanted) > most {
+                    return Ok(None);
+                }
                 let address = self.hardware.allocate(wanted)?;
-                blocks.push(Block { address, bytes: wanted, is_free: false });
+                blocks.bytes += wanted;
+                blocks.all.push(Block { address, bytes: wanted, is_free: false });
                 address
             }
         };
-        Ok(Memory { address, bytes, home: Home::Arena { arena: self.clone(), is_kept } })
+        blocks.taken_bytes += wanted;
+        blocks.most_bytes = blocks.most_bytes.max(blocks.taken_bytes);
+        let home = Home::Arena { arena: self.clone(), is_kept };
+        Ok(Some(Memory { address, bytes, home }))
     }
 
-    fn give_back(&self, address: Address) {
+    /// A kept block stays what it is, but nobody has it any more.
+    fn give_back(&self, memory: &Memory) {
         let mut blocks = self.lock();
-        if let Some(block) = blocks.iter_mut().find(|block| block.address == address) {
-            block.is_free = true;
+        blocks.taken_bytes = blocks.taken_bytes.saturating_sub(memory.bytes.max(1));
+        let own = blocks.all.iter_mut().find(|block| block.address == memory.address);
+        if let Some(block) = own {
+            block.is_free = !memory.is_kept();
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Block>> {
+    fn lock(&self) -> MutexGuard<'_, Blocks> {
         self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        for block in self.lock().iter() {
+        for block in &self.lock().all {
             self.hardware.free(block.address, block.bytes);
         }
     }

@@ -166,8 +166,13 @@ impl Buffer {
 
     fn take(device: &Device, bytes: usize, is_kept: bool) -> Result<Self> {
         let arena = device.programs().arena();
-        let take = || match &arena {
-            Some(arena) => arena.take(bytes, is_kept),
+        let take = || match arena.as_ref().map(|arena| arena.take(bytes, is_kept)).transpose()? {
+            Some(Some(block)) => Ok(block),
+            // More than a program may hold: it is run, but cannot be replayed.
+            Some(None) => {
+                device.programs().refuse();
+                Memory::new(device.hardware(), bytes)
+            }
             None => Memory::new(device.hardware(), bytes),
         };
         // Programs can be recorded again; a picture that fails is lost.
@@ -237,6 +242,10 @@ impl super::Device for Device {
 
     fn name(&self) -> String {
         format!("cuda:{}", self.driver().ordinal())
+    }
+
+    fn is_lost(&self) -> bool {
+        self.driver().is_lost()
     }
 
     fn statistics(&self) -> Option<String> {

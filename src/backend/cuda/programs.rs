@@ -37,7 +37,7 @@ pub(super) struct Programs {
 #[derive(Default)]
 struct State {
     /// The least recently used first.
-    known: VecDeque<Program>,
+    known: VecDeque<Known>,
     recording: Option<Recording>,
 }
 
@@ -75,12 +75,16 @@ pub(super) struct Recording {
     refused: bool,
 }
 
-struct Program {
+struct Known {
     key: String,
+    /// None if it cannot be replayed: nothing is held for it.
+    program: Option<Program>,
+}
+
+struct Program {
     inputs: Vec<Input>,
     outputs: Vec<Output>,
-    /// None if it cannot be replayed.
-    replay: Option<Replay>,
+    replay: Replay,
     outside: Vec<Weak<Memory>>,
     /// What the launches point to.
     #[allow(dead_code, reason = "it keeps the memory as long as the program")]
@@ -103,25 +107,20 @@ impl Program {
         self.outside.iter().all(|memory| memory.strong_count() > 0)
     }
 
-    fn run(&mut self, device: &Device, inputs: &[&Storage]) -> Result<Option<Outputs<Storage>>> {
+    fn run(&mut self, device: &Device, inputs: &[&Storage]) -> Result<Outputs<Storage>> {
         let driver = device.driver();
-        let graph = match &mut self.replay {
-            None => return Ok(None),
-            Some(Replay::Graph(graph)) => graph,
-            Some(replay) => {
-                if let Replay::Launches(launches) = replay {
-                    *replay = Replay::Graph(driver.graph(launches)?);
-                }
-                let Replay::Graph(graph) = replay else { return Ok(None) };
-                graph
-            }
+        if let Replay::Launches(launches) = &self.replay {
+            self.replay = Replay::Graph(driver.graph(launches)?);
+        }
+        let Replay::Graph(graph) = &self.replay else {
+            return Err(Error::other("a program without a graph"));
         };
         for (own, input) in self.inputs.iter().zip(inputs) {
             driver.copy(input.memory().address(), own.own.address(), own.own.bytes())?;
         }
         graph.launch()?;
         device.counts().replays.fetch_add(1, Ordering::Relaxed);
-        self.outputs.iter().map(|output| output.copied(device)).collect::<Result<_>>().map(Some)
+        self.outputs.iter().map(|output| output.copied(device)).collect()
     }
 }
 
@@ -164,16 +163,22 @@ impl Programs {
             // One at a time; this one will be asked for again.
             return Ok(Begun::Run);
         }
-        state.known.retain(Program::is_whole);
+        state.known.retain(|known| known.program.as_ref().is_none_or(Program::is_whole));
         if let Some(place) = state.known.iter().position(|program| program.key == key)
-            && let Some(mut program) = state.known.remove(place)
+            && let Some(mut known) = state.known.remove(place)
         {
-            let outputs = match program.takes(inputs) {
-                true => program.run(device, inputs)?,
-                false => None,
+            let fitting = known.program.as_mut().filter(|program| program.takes(inputs));
+            let begun = match fitting.map(|program| program.run(device, inputs)) {
+                Some(Err(error)) if error.is_out_of_memory() => {
+                    // Programs can be recorded again; a picture that fails is lost.
+                    state.known.clear();
+                    return Ok(Begun::Run);
+                }
+                Some(outputs) => Begun::Replayed(outputs?),
+                None => Begun::Run,
             };
-            state.known.push_back(program);
-            return Ok(outputs.map_or(Begun::Run, Begun::Replayed));
+            state.known.push_back(known);
+            return Ok(begun);
         }
         let mut addresses = HashSet::new();
         if !inputs.iter().all(|input| addresses.insert(input.memory().address().0)) {
@@ -184,7 +189,16 @@ impl Programs {
             true => state.known.pop_front(),
             false => None,
         };
-        state.recording = Some(Recording::new(device, key, inputs)?);
+        state.recording = match Recording::new(device, key, inputs) {
+            Err(error) if error.is_out_of_memory() => {
+                state.known.clear();
+                return Ok(Begun::Run);
+            }
+            recording => recording?,
+        };
+        if state.recording.is_none() {
+            return Ok(Begun::Run);
+        }
         self.is_recording.store(true, Ordering::Release);
         drop((state, evicted));
         Ok(Begun::Record)
@@ -211,14 +225,16 @@ impl Programs {
         });
         let outputs: Vec<_> = outputs.collect();
         let Recording { key, inputs, launches, outside, arena, refused, .. } = recording;
-        let copies = match refused {
-            true => None,
-            false => Some(outputs.iter().map(|o| o.copied(device)).collect::<Result<_>>()?),
+        let copied = || outputs.iter().map(|output| output.copied(device)).collect::<Result<_>>();
+        let copies = match copied() {
+            Err(error) if error.is_out_of_memory() && self.forget_all() => copied()?,
+            copies => copies?,
         };
-        let replay = (!refused).then_some(Replay::Launches(launches));
-        let program = Program { key, inputs, outputs, replay, outside, arena };
-        self.lock().known.push_back(program);
-        Ok(copies)
+        let replay = Replay::Launches(launches);
+        let program = Program { inputs, outputs, replay, outside, arena };
+        let known = Known { key, program: Some(program).filter(|_| !refused) };
+        self.lock().known.push_back(known);
+        Ok(Some(copies))
     }
 
     /// Ends this thread's recording, of which nothing stays.
@@ -277,16 +293,18 @@ impl Programs {
 }
 
 impl Recording {
-    fn new(device: &Device, key: &str, inputs: &[&Storage]) -> Result<Self> {
+    /// None if its inputs are more than a program may hold.
+    fn new(device: &Device, key: &str, inputs: &[&Storage]) -> Result<Option<Self>> {
         let arena = Arc::new(Arena::new(device.hardware()));
         let copied = |input: &&Storage| {
             let memory = input.memory();
-            let own = Arc::new(arena.take(memory.bytes(), true)?);
+            let Some(own) = arena.take(memory.bytes(), true)? else { return Ok(None) };
             device.driver().copy(memory.address(), own.address(), memory.bytes())?;
-            Ok(Input { kind: kind(input), original: memory.address(), own })
+            let (kind, original) = (kind(input), memory.address());
+            Ok(Some(Input { kind, original, own: Arc::new(own) }))
         };
-        let inputs = inputs.iter().map(copied).collect::<Result<_>>()?;
-        Ok(Self {
+        let inputs = inputs.iter().map(copied).collect::<Result<Option<Vec<_>>>>()?;
+        Ok(inputs.map(|inputs| Self {
             key: key.into(),
             thread: std::thread::current().id(),
             arena,
@@ -295,7 +313,7 @@ impl Recording {
             outside: Vec::new(),
             known_outside: HashSet::new(),
             refused: false,
-        })
+        }))
     }
 
     fn place(&mut self, memory: &Arc<Memory>) -> Address {
