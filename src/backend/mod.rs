@@ -136,6 +136,11 @@ pub trait Device: BackendDevice + Send + Sync + 'static {
     /// For people: `cpu`, `cuda:0`, `quic://host:port` (never a token).
     fn name(&self) -> String;
 
+    /// Whether it has failed so that nothing will work on it any more, in this process.
+    fn is_lost(&self) -> bool {
+        false
+    }
+
     /// For people: what it did so far, in a line; `None` where it does not count.
     fn statistics(&self) -> Option<String> {
         None

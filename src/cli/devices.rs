@@ -129,23 +129,29 @@ fn processor() -> Device {
 }
 
 fn gpus() -> Vec<Device> {
-    let none = |error: &Error| Device {
-        name: "cuda".into(),
+    let none = |name: String, error: &Error| Device {
+        name,
         text: vec![],
         fields: json!({}),
         problem: Some(error.to_string()),
     };
     let found = driver_version().and_then(|driver| Ok((driver, Nvidia::list()?)));
-    match found {
-        Err(error) => vec![none(&error)],
+    let (driver, gpus) = match found {
+        Err(error) => return vec![none("cuda".into(), &error)],
         Ok((_, gpus)) if gpus.is_empty() => {
-            vec![none(&Error::usage("the driver has no GPU"))]
+            return vec![none("cuda".into(), &Error::usage("the driver has no GPU"))];
         }
-        Ok((driver, gpus)) => {
-            let compiler = Compiler::find(Some(driver.0.0));
-            gpus.iter().map(|gpu| described(gpu, &driver, &compiler)).collect()
+        Ok(found) => found,
+    };
+    let described = |(ordinal, gpu): (usize, &Result<Found>)| match gpu {
+        Ok(gpu) => {
+            let (major, minor) = gpu.capability;
+            let compiler = Compiler::find(Some(driver.0.0), Some(major * 10 + minor));
+            described(gpu, &driver, &compiler)
         }
-    }
+        Err(error) => none(format!("cuda:{ordinal}"), error),
+    };
+    gpus.iter().enumerate().map(described).collect()
 }
 
 type Driver = ((i32, i32), Option<String>);

@@ -7,6 +7,8 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser, ValueEnum};
@@ -196,7 +198,8 @@ pub fn work(job: &WorkerJob) -> Result<()> {
     cpu::check_kernel_path()?;
     start_log(job.log_format);
     let identity = Identity::load_or_create(job.token_file.as_deref())?;
-    let server = Arc::new(start(job, &identity)?);
+    let (tell, lost) = channel();
+    let server = Arc::new(start(job, &identity, tell)?);
     let mut stdout = std::io::stdout().lock();
     for url in pairing_urls(server.local_addr(), &identity) {
         writeln!(stdout, "{}", url.to_secret_string())
@@ -216,12 +219,26 @@ pub fn work(job: &WorkerJob) -> Result<()> {
         }
     })
     .map_err(|error| Error::other(format!("cannot watch for signals: {error}")))?;
+    let is_lost = Arc::new(AtomicBool::new(false));
+    let (watched, found) = (server.clone(), is_lost.clone());
+    std::thread::spawn(move || {
+        if lost.recv().is_ok() {
+            found.store(true, Ordering::Relaxed);
+            watched.stop();
+        }
+    });
     server.wait();
+    if is_lost.load(Ordering::Relaxed) {
+        return Err(Error::other(format!("{} {LOST}", job.device)));
+    }
     tracing::info!("ended");
     Ok(())
 }
 
-fn start(job: &WorkerJob, identity: &Identity) -> Result<Server> {
+/// What is wrong with a device that will not work again in this process.
+const LOST: &str = "has failed, and works again only when the worker is started anew";
+
+fn start(job: &WorkerJob, identity: &Identity, tell: Sender<()>) -> Result<Server> {
     let library = match &job.cache_dir {
         Some(folder) if folder.as_os_str() == "none" => {
             DiskLibrary::in_memory(disk_library::Limits::new(job.cache_size.0))
@@ -231,7 +248,7 @@ fn start(job: &WorkerJob, identity: &Identity) -> Result<Server> {
     };
     let threads = job.threads.map_or(0, usize::from);
     let settings = cpu::Settings { threads, low_memory: job.low_memory };
-    let start = Start { job, identity, library };
+    let start = Start { job, identity, library, tell };
     match job.device {
         WorkerDevice::Cpu => start.on::<cpu::Storage>(cpu::Device::open(settings)?),
         WorkerDevice::Cuda(ordinal) => start.on::<cuda::Storage>(cuda::Device::open(ordinal)?),
@@ -243,11 +260,13 @@ struct Start<'a> {
     job: &'a WorkerJob,
     identity: &'a Identity,
     library: DiskLibrary,
+    /// Told when the device has failed for good.
+    tell: Sender<()>,
 }
 
 impl Start<'_> {
     fn on<B: Backend>(self, device: B::Device) -> Result<Server> {
-        let Self { job, identity, library } = self;
+        let Self { job, identity, library, tell } = self;
         let limits = SessionLimits { memory_bytes: job.session_memory.0, buffers: MAX_BUFFERS };
         let offer = offer(&device);
         let worker = Worker::<B>::new(device, limits, job.weights_memory.0);
@@ -258,7 +277,7 @@ impl Start<'_> {
             offer,
             ..Limits::default()
         };
-        serve(address(&job.listen)?, identity, limits, worker, library)
+        serve(address(&job.listen)?, identity, limits, (worker, tell), library)
     }
 }
 
@@ -277,18 +296,24 @@ pub(super) fn start_mock(settings: cpu::Settings, identity: &Identity) -> Result
     let worker = Worker::<cpu::Storage>::new(device, limits, u64::MAX);
     let library = DiskLibrary::in_memory(disk_library::Limits::new(64 << 30));
     let here = SocketAddr::from(([127, 0, 0, 1], 0));
-    serve(here, identity, server, worker, library)
+    let (tell, _) = channel();
+    serve(here, identity, server, (worker, tell), library)
 }
 
 fn serve<B: Backend>(
     address: SocketAddr,
     identity: &Identity,
     limits: Limits,
-    worker: Worker<B>,
+    (worker, tell): (Worker<B>, Sender<()>),
     library: DiskLibrary,
 ) -> Result<Server> {
     let hello = hello::Hello { version: PROTOCOL_VERSION, schema: crate::remote::schema() };
     server::serve(address, identity, hello, limits, move |info| {
+        if worker.is_lost() {
+            // Of several one is enough.
+            let _ = tell.send(());
+            return Err(Error::other(format!("the worker's device {LOST}")));
+        }
         let span = tracing::info_span!("session", number = info.number);
         span.in_scope(|| worker.session(library.session(), info.waker))
     })

@@ -283,7 +283,17 @@ impl<B: Backend> Executor<B> {
             let meta = with_each(args, source, |sources| op.infer(sources))?;
             let storage = self.heap.check_room(&meta).and_then(|()| {
                 self.check_views(args)?;
-                self.execute(op, args, &meta)
+                match self.execute(op, args, &meta) {
+                    // Weights that nobody uses are kept for who comes next, not instead of this.
+                    Err(error)
+                        if error.is_out_of_memory()
+                            && !matches!(op, Op::Received { .. })
+                            && self.shared.weights.forget_unused() =>
+                    {
+                        self.execute(op, args, &meta)
+                    }
+                    made => made,
+                }
             });
             let storage = storage.map_err(|error| {
                 error.context(with_each(args, source, |sources| op.described(sources)))

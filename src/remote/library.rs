@@ -96,7 +96,7 @@ impl<B: Backend> Weights<B> {
         &self,
         recipe: &Recipe,
         fetch: impl FnOnce() -> Result<HostTensor>,
-        make: impl FnOnce(&HostTensor) -> Result<B>,
+        make: impl Fn(&HostTensor) -> Result<B>,
     ) -> Result<Arc<Buffer<B>>> {
         if let Some(buffer) = self.find(recipe) {
             return Ok(buffer);
@@ -114,10 +114,25 @@ impl<B: Backend> Weights<B> {
         };
         making
             .reserve(meta.layout.shape().elem_count() as u64 * meta.dtype.size_in_bytes() as u64)?;
-        let storage = make(&host)?;
+        let storage = match make(&host) {
+            Err(error) if error.is_out_of_memory() && self.forget_unused() => make(&host)?,
+            made => made?,
+        };
         debug_assert_eq!(storage.dtype(), recipe.dtype);
         making.reserve(storage.held_bytes().unwrap_or(0))?;
         Ok(making.finish(Arc::new(Buffer::shared(storage, meta))))
+    }
+
+    /// Forgets what nobody uses, for its memory; whether there was anything.
+    pub fn forget_unused(&self) -> bool {
+        let mut table = self.lock();
+        let before = table.buffers.len();
+        // Held by the table alone; nobody can take it while the table is locked.
+        let is_used = |entry: &Entry<B>| Arc::strong_count(&entry.buffer) > 1;
+        let unused: u64 = table.buffers.values().filter(|e| !is_used(e)).map(|e| e.bytes).sum();
+        table.buffers.retain(|_, entry| is_used(entry));
+        table.bytes = table.bytes.saturating_sub(unused);
+        table.buffers.len() < before
     }
 
     fn find(&self, recipe: &Recipe) -> Option<Arc<Buffer<B>>> {

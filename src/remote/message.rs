@@ -48,6 +48,25 @@ pub enum Message {
     DropProgram { program: u64 },
 }
 
+impl Message {
+    /// It and its operands, which have layouts of their own: what it takes in memory, about.
+    pub fn weight(&self) -> usize {
+        match self {
+            Message::Call(call) => 1 + call.args.len(),
+            Message::BeginProgram { inputs, .. } | Message::Replay { inputs, .. } => {
+                1 + inputs.len()
+            }
+            Message::EndProgram { outputs } => 1 + outputs.len(),
+            Message::Probe(digests) => 1 + digests.len(),
+            Message::Free(_)
+            | Message::Read(_)
+            | Message::Mark
+            | Message::AbortProgram
+            | Message::DropProgram { .. } => 1,
+        }
+    }
+}
+
 /// From the worker.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Reply {

@@ -44,6 +44,11 @@ impl<B: Backend> Worker<B> {
         Self { shared: Arc::new(Shared::new(device, weights_bytes)), limits }
     }
 
+    /// Whether its device has failed for good: no session can be served.
+    pub fn is_lost(&self) -> bool {
+        self.shared.device().is_lost()
+    }
+
     /// Begins a session that finds its weights in `library`; `waker` is called when it has
     /// something to say.
     ///
@@ -132,20 +137,8 @@ impl State {
     }
 }
 
-/// Messages and their operands, which have layouts of their own.
 fn weight(frame: &[(Id, Message)]) -> usize {
-    let of = |message: &Message| match message {
-        Message::Call(call) => 1 + call.args.len(),
-        Message::BeginProgram { inputs, .. } | Message::Replay { inputs, .. } => 1 + inputs.len(),
-        Message::EndProgram { outputs } => 1 + outputs.len(),
-        Message::Probe(digests) => 1 + digests.len(),
-        Message::Free(_)
-        | Message::Read(_)
-        | Message::Mark
-        | Message::AbortProgram
-        | Message::DropProgram { .. } => 1,
-    };
-    frame.iter().map(|(_, message)| of(message)).sum()
+    frame.iter().map(|(_, message)| message.weight()).sum()
 }
 
 impl Session {

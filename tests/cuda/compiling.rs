@@ -8,7 +8,7 @@ use tiny_sd::backend::cuda::sources::ALL;
 #[test]
 #[ignore = "needs NVIDIA's run-time compiler: pip install nvidia-cuda-nvrtc"]
 fn every_kernel_compiles_for_each_kind_of_gpu() {
-    let compiler = Compiler::find(None).unwrap();
+    let compiler = Compiler::find(None, None).unwrap();
     println!("NVRTC {:?}, {}", compiler.version(), compiler.place());
     for architecture in [75, 80, 90, 120] {
         for source in ALL {

@@ -171,9 +171,29 @@ fn what_is_missing_or_too_small_is_one_line() {
     };
     check("cuda:1", ("X", ""), "there is no GPU 1: the driver has 1");
     check("cuda", ("TINY_SD_STAND_IN_MEMORY", "100000"), "out of memory: the GPU has no ");
-    check("cuda", ("TINY_SD_STAND_IN_CAPABILITY", "3.5"), "no code for compute capability 3.5");
+    check(
+        "cuda",
+        ("TINY_SD_STAND_IN_CAPABILITY", "3.5"),
+        "compute capability 3.5, and 7.5 is the least",
+    );
     check("cuda", ("TINY_SD_STAND_IN_DRIVER", "11080"), "serves CUDA 11.8, and 12.0 is needed");
     check("cuda", ("LD_LIBRARY_PATH", "/nowhere"), "there is no NVIDIA driver here");
+}
+
+#[test]
+fn a_worker_whose_gpu_fails_for_good_says_so_and_ends() {
+    let machine = Machine::new();
+    let mut started = machine.with(program());
+    started.env("TINY_SD_STAND_IN_LAUNCHES", "500");
+    let worker = Worker::start_by(started, tempfile::tempdir().unwrap(), &["--device", "cuda"]);
+    let output = machine.path("x.png");
+    for expected in ["unspecified launch failure", "has failed, and works again only"] {
+        let ran = client("tiny", &worker.url, &output, &[]).output().unwrap();
+        let said = text(&ran.stderr);
+        assert!(!ran.status.success() && said.contains(expected), "{expected}: {said}");
+    }
+    assert_eq!(worker.end(), Some(1));
+    assert!(!output.exists());
 }
 
 /// Those tests that need a GPU, on this one.

@@ -43,21 +43,41 @@ pub struct Compiler {
 
 type Handle = *mut c_void;
 
+/// What is compiled to.
+struct Target {
+    name: String,
+    /// The code of that very kind of GPU, and not what a driver translates.
+    is_exact: bool,
+}
+
 impl Compiler {
-    /// Finds one whose code a driver of CUDA `most_major` takes, or any.
+    /// Finds one whose code a driver of CUDA `most_major` takes, or any, for a compute capability,
+    /// or any: best one that knows it.
     ///
     /// # Errors
     /// If there is none, with what to do.
-    pub fn find(most_major: Option<i32>) -> Result<Self> {
+    pub fn find(most_major: Option<i32>, architecture: Option<i32>) -> Result<Self> {
         let fits = |major: i32| most_major.is_none_or(|most| major <= most);
-        let mut too_new = None;
+        let (mut too_new, mut translated, mut useless) = (None, None, None);
         let named = NAMES.iter().map(PathBuf::from);
         for path in in_folders(&given_folders()).chain(named).chain(in_folders(&usual_folders())) {
             match Self::open(&path) {
-                Some(compiler) if fits(compiler.version.0) => return Ok(compiler),
-                Some(compiler) => too_new = too_new.or(Some(compiler)),
                 None => {}
+                Some(compiler) if !fits(compiler.version.0) => {
+                    too_new = too_new.or(Some(compiler));
+                }
+                Some(compiler) => match architecture.map(|wanted| compiler.target(wanted)) {
+                    None | Some(Some(Target { is_exact: true, .. })) => return Ok(compiler),
+                    Some(Some(_)) => translated = translated.or(Some(compiler)),
+                    Some(None) => useless = useless.or(Some(compiler)),
+                },
             }
+        }
+        if let Some(compiler) = translated {
+            return Ok(compiler);
+        }
+        if let (Some(compiler), Some(wanted)) = (useless, architecture) {
+            return Err(compiler.too_new_for(wanted));
         }
         Err(Error::usage(match (too_new, most_major) {
             (Some(compiler), Some(most)) => format!(
@@ -108,13 +128,9 @@ impl Compiler {
     /// # Errors
     /// If the compiler refuses: its log.
     pub fn compile(&self, source: Source, numbers: Numbers, architecture: i32) -> Result<Vec<u8>> {
-        let is_known = self.architectures.contains(&architecture);
-        let older = self.architectures.iter().filter(|known| **known <= architecture).max();
-        let target = match (is_known, older) {
-            (true, _) => format!("sm_{architecture}"),
-            (false, Some(older)) => format!("compute_{older}"),
-            (false, None) => return Err(self.too_old(architecture)),
-        };
+        let target = self.target(architecture);
+        let Target { name: target, is_exact } =
+            target.ok_or_else(|| self.too_new_for(architecture))?;
         let program = Program::new(self, &whole(source), source.name)?;
         let options = [
             format!("--gpu-architecture={target}"),
@@ -122,14 +138,22 @@ impl Compiler {
             "--fmad=true".into(),
         ];
         program.compile(&options).map_err(|error| error.context(&target))?;
-        program.code(is_known)
+        program.code(is_exact)
     }
 
-    fn too_old(&self, architecture: i32) -> Error {
+    /// What it compiles to for a GPU; none if the GPU is too old for it.
+    fn target(&self, architecture: i32) -> Option<Target> {
+        let older = *self.architectures.iter().filter(|known| **known <= architecture).max()?;
+        let is_exact = older == architecture;
+        let kind = if is_exact { "sm" } else { "compute" };
+        Some(Target { name: format!("{kind}_{older}"), is_exact })
+    }
+
+    fn too_new_for(&self, architecture: i32) -> Error {
         let (major, minor) = (architecture / 10, architecture % 10);
         Error::usage(format!(
             "NVIDIA's run-time compiler in {} makes no code for compute capability \
-             {major}.{minor}",
+             {major}.{minor}; an older one does: pip install nvidia-cuda-nvrtc-cu12",
             self.place
         ))
     }

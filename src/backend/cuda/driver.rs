@@ -69,6 +69,11 @@ pub trait Driver: std::fmt::Debug + Send + Sync + 'static {
     /// If one cannot be compiled, or the GPU fails.
     fn graph(&self, launches: &[Launch]) -> Result<Box<dyn Graph>>;
 
+    /// Whether it has failed so that nothing will work on it any more.
+    fn is_lost(&self) -> bool {
+        false
+    }
+
     /// A point after all that was asked so far.
     ///
     /// # Errors

@@ -40,6 +40,12 @@ impl KernelCache {
         self.folder.as_deref()
     }
 
+    /// Forgets what is kept for a source, if there is something.
+    pub fn forget(&self, (source, numbers): (Source, Numbers), architecture: i32) -> bool {
+        let path = self.folder.as_ref().map(|f| f.join(name(source, numbers, architecture)));
+        path.is_some_and(|path| fs::remove_file(path).is_ok())
+    }
+
     /// The code of a source for a compute capability: what is kept, if it is whole, else what
     /// `compile` makes, which is kept if it can be.
     ///
@@ -52,12 +58,7 @@ impl KernelCache {
         compile: impl FnOnce() -> Result<Vec<u8>>,
     ) -> Result<Vec<u8>> {
         let Some(folder) = &self.folder else { return compile() };
-        let mut hasher = blake3::Hasher::new();
-        for part in [FORMAT, &whole(source)] {
-            hasher.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
-        }
-        hasher.update(&numbers.code().to_le_bytes()).update(&architecture.to_le_bytes());
-        let path = folder.join(format!("{}.kernels", hasher.finalize().to_hex()));
+        let path = folder.join(name(source, numbers, architecture));
         if let Some(code) = read(&path) {
             return Ok(code);
         }
@@ -66,6 +67,16 @@ impl KernelCache {
         let _ = write(folder, &path, &code);
         Ok(code)
     }
+}
+
+/// By what the code of a source is found.
+fn name(source: Source, numbers: Numbers, architecture: i32) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for part in [FORMAT, &whole(source)] {
+        hasher.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
+    }
+    hasher.update(&numbers.code().to_le_bytes()).update(&architecture.to_le_bytes());
+    format!("{}.kernels", hasher.finalize().to_hex())
 }
 
 /// What was written whole.
@@ -122,6 +133,9 @@ mod tests {
         }
         assert_eq!(get(0, Numbers::F32, 80, Some(b"two")).unwrap(), b"two");
         assert_eq!(get(0, Numbers::F32, 80, None).unwrap(), b"two");
+        assert!(cache.forget((ALL[0], Numbers::F32), 80));
+        assert!(!cache.forget((ALL[0], Numbers::F32), 80));
+        get(0, Numbers::F32, 80, None).unwrap_err();
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! A real GPU, by NVIDIA's driver, which is loaded if it is there. Separate because what is unsafe
 //! about a GPU is here.
 
-use std::collections::HashMap;
+mod graph;
+
+use std::collections::VecDeque;
+use std::collections::hash_map::{Entry, HashMap};
 use std::fmt;
-use std::ptr::{null, null_mut};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{
@@ -15,9 +17,16 @@ use super::compiler::{Compiler, loaded_from};
 use super::driver::{Address, Driver, Graph, Launch, Numbers, Reached, Source};
 use super::kernel_cache::KernelCache;
 use crate::error::{Error, Result};
+use graph::Instantiated;
 
 /// The oldest CUDA whose drivers have all that is asked of them: graphs by explicit nodes.
 const OLDEST_CUDA: (i32, i32) = (12, 0);
+/// The oldest compute capability that kernels are compiled for, 75 for 7.5.
+const OLDEST_ARCHITECTURE: i32 = 75;
+/// Bytes from the host up to which a copy of them waits for the GPU, and not the caller.
+const FEW_BYTES: usize = 64 << 10;
+/// Such copies at most.
+const MOST_COPIES: usize = 1024;
 /// Shared memory of a block that needs no asking.
 const PLAIN_SHARED_BYTES: u32 = 48 << 10;
 
@@ -33,9 +42,14 @@ pub struct Nvidia {
     cache: KernelCache,
     /// Looked for when the cache lacks something.
     compiler: OnceLock<Result<Compiler>>,
+    /// Bytes from the host that the GPU may not have read yet, the oldest first.
+    copies: Mutex<VecDeque<(CudaEvent, Vec<u8>)>>,
     modules: Mutex<HashMap<(Source, Numbers), Arc<CudaModule>>>,
-    functions: Mutex<HashMap<(&'static str, Numbers), CudaFunction>>,
+    functions: Mutex<Functions>,
 }
+
+/// Kernels by their names, and the most shared memory that each was asked for.
+type Functions = HashMap<(&'static str, Numbers), (CudaFunction, u32)>;
 
 /// What the driver says of a GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,11 +98,11 @@ fn check_driver() -> Result<()> {
 }
 
 impl Nvidia {
-    /// All GPUs that the driver has.
+    /// All GPUs that the driver has, or why one cannot be used.
     ///
     /// # Errors
-    /// As [`count`](Self::count), or if a GPU cannot be opened.
-    pub fn list() -> Result<Vec<Found>> {
+    /// As [`count`](Self::count).
+    pub fn list() -> Result<Vec<Result<Found>>> {
         let found = |ordinal| {
             let gpu = Self::open(ordinal, KernelCache::of_user())?;
             let (memory_bytes, free_bytes) = gpu.memory()?;
@@ -101,7 +115,7 @@ impl Nvidia {
                 name: gpu.name,
             })
         };
-        (0..Self::count()?).map(found).collect()
+        Ok((0..Self::count()?).map(found).collect())
     }
 
     /// How many GPUs the driver has, or in one line why it has none.
@@ -130,6 +144,13 @@ impl Nvidia {
         let named = context.name().map_err(|error| failed("its name", error))?;
         let (major, minor) =
             context.compute_capability().map_err(|error| failed("its capability", error))?;
+        let architecture = major * 10 + minor;
+        if architecture < OLDEST_ARCHITECTURE {
+            let (least, of) = (OLDEST_ARCHITECTURE / 10, OLDEST_ARCHITECTURE % 10);
+            return Err(Error::usage(format!(
+                "{named} has compute capability {major}.{minor}, and {least}.{of} is the least"
+            )));
+        }
         let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors =
             context.attribute(attribute).map_err(|error| failed("its size", error))?;
@@ -138,12 +159,13 @@ impl Nvidia {
         Ok(Self {
             ordinal,
             name: named,
-            architecture: major * 10 + minor,
+            architecture,
             multiprocessors: usize::try_from(multiprocessors).unwrap_or(1),
             context,
             stream,
             cache,
             compiler: OnceLock::new(),
+            copies: Mutex::default(),
             modules: Mutex::default(),
             functions: Mutex::default(),
         })
@@ -158,6 +180,16 @@ impl Nvidia {
         Ok((total, free))
     }
 
+    /// Waits for all work, and gives back what the pool keeps.
+    fn release_memory(&self) -> std::result::Result<(), DriverError> {
+        self.stream.synchronize()?;
+        // SAFETY: the pool is the device's own; what is in use stays.
+        unsafe {
+            let pool = result::device::get_default_mem_pool(self.context.cu_device())?;
+            sys::cuMemPoolTrimTo(pool, 0).result()
+        }
+    }
+
     fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|error| failed("its context", error))
     }
@@ -166,28 +198,31 @@ impl Nvidia {
     fn function(&self, launch: &Launch) -> Result<CudaFunction> {
         let key = (launch.kernel, launch.numbers);
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        let function = match functions.get(&key) {
-            Some(function) => function.clone(),
-            None => {
+        let (function, most_bytes) = match functions.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
                 let module = self.module(launch.source, launch.numbers)?;
                 let function = module
                     .load_function(launch.kernel)
                     .map_err(|error| failed(&format!("the kernel {}", launch.kernel), error))?;
-                functions.insert(key, function.clone());
-                function
+                place.insert((function, PLAIN_SHARED_BYTES))
             }
         };
-        if launch.shared_bytes > PLAIN_SHARED_BYTES {
+        if launch.shared_bytes > *most_bytes {
             let attribute =
                 sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             let bytes = launch.shared_bytes.cast_signed();
             function.set_attribute(attribute, bytes).map_err(|e| failed(launch.kernel, e))?;
+            *most_bytes = launch.shared_bytes;
         }
-        Ok(function)
+        Ok(function.clone())
     }
 
     fn compile(&self, source: Source, numbers: Numbers) -> Result<Vec<u8>> {
-        let find = || Compiler::find(driver_version().ok().map(|(version, _)| version.0));
+        let find = || {
+            let driver = driver_version().ok().map(|(version, _)| version.0);
+            Compiler::find(driver, Some(self.architecture))
+        };
         let compiler = self.compiler.get_or_init(find).as_ref().map_err(Clone::clone)?;
         let compiled = compiler.compile(source, numbers, self.architecture);
         compiled.map_err(|error| error.context(source.name))
@@ -200,11 +235,17 @@ impl Nvidia {
         }
         let key = (source, numbers);
         let compile = || self.compile(source, numbers);
+        let load = |code| self.context.load_module(Ptx::from_binary(code));
         let code = self.cache.get_or(key, self.architecture, compile)?;
-        let module = self
-            .context
-            .load_module(Ptx::from_binary(code))
-            .map_err(|error| failed(&format!("the kernels of {}", source.name), error))?;
+        let loaded = match load(code) {
+            // It may be another compiler's, for another driver.
+            Err(_) if self.cache.forget(key, self.architecture) => {
+                load(self.cache.get_or(key, self.architecture, compile)?)
+            }
+            loaded => loaded,
+        };
+        let module =
+            loaded.map_err(|error| failed(&format!("the kernels of {}", source.name), error))?;
         modules.insert((source, numbers), module.clone());
         Ok(module)
     }
@@ -248,9 +289,15 @@ impl Driver for Nvidia {
     fn allocate(&self, bytes: usize) -> Result<Address> {
         self.bind()?;
         // SAFETY: the memory is given back on the same stream, and used on no other.
-        let address = unsafe { result::malloc_async(self.stream.cu_stream(), bytes) };
+        let take = || unsafe { result::malloc_async(self.stream.cu_stream(), bytes) };
+        let is_full = |error: &DriverError| error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+        let address = match take() {
+            // What was freed may wait for the work before it, or be in pieces.
+            Err(error) if is_full(&error) && self.release_memory().is_ok() => take(),
+            address => address,
+        };
         address.map(Address).map_err(|error| {
-            if error.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            if !is_full(&error) {
                 return failed("memory", error);
             }
             let free = self.memory().map_or(0, |(_, free)| free);
@@ -262,11 +309,10 @@ impl Driver for Nvidia {
     }
 
     fn free(&self, address: Address) {
-        if self.bind().is_ok() {
-            // SAFETY: whoever frees does not use it again; work that does came before, in order.
-            // A failure is told by the next call.
-            let _ = unsafe { result::free_async(address.0, self.stream.cu_stream()) };
-        }
+        // It tells of failures before, too, which are the next call's.
+        let _ = self.bind();
+        // SAFETY: whoever frees does not use it again; work that does came before, in order.
+        let _ = unsafe { result::free_async(address.0, self.stream.cu_stream()) };
     }
 
     fn clear(&self, address: Address, bytes: usize) -> Result<()> {
@@ -278,10 +324,28 @@ impl Driver for Nvidia {
 
     fn write(&self, address: Address, bytes: &[u8]) -> Result<()> {
         self.bind()?;
-        // SAFETY: the caller's buffer has so many bytes. Memory that is not pinned has been read
-        // when this returns.
-        unsafe { result::memcpy_htod_async(address.0, bytes, self.stream.cu_stream()) }
-            .map_err(|error| failed("sending", error))
+        let send = |bytes: &[u8]| {
+            // SAFETY: the caller's buffer has so many bytes; these stay until they have been read.
+            unsafe { result::memcpy_htod_async(address.0, bytes, self.stream.cu_stream()) }
+                .map_err(|error| failed("sending", error))
+        };
+        if bytes.len() > FEW_BYTES {
+            send(bytes)?;
+            return self.stream.synchronize().map_err(|error| failed("sending", error));
+        }
+        let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
+        while copies.front().is_some_and(|(read, _)| read.is_complete()) {
+            copies.pop_front();
+        }
+        if copies.len() >= MOST_COPIES {
+            self.stream.synchronize().map_err(|error| failed("sending", error))?;
+            copies.clear();
+        }
+        let own = bytes.to_vec();
+        send(&own)?;
+        let read = self.stream.record_event(None).map_err(|error| failed("sending", error))?;
+        copies.push_back((read, own));
+        Ok(())
     }
 
     fn read(&self, address: Address, bytes: &mut [u8]) -> Result<()> {
@@ -303,13 +367,8 @@ impl Driver for Nvidia {
         self.bind()?;
         let functions = launches.iter().map(|launch| self.function(launch));
         let functions = functions.collect::<Result<Vec<_>>>()?;
-        let graph = Nodes::new().and_then(|mut nodes| {
-            let all = launches.iter().zip(&functions);
-            all.into_iter().try_for_each(|(launch, function)| nodes.push(launch, function))?;
-            nodes.instantiate()
-        });
-        let graph = graph.map_err(|error| failed("a graph", error))?;
-        Ok(Box::new(Instantiated { graph, functions, stream: self.stream.clone() }))
+        let graph = Instantiated::new(launches, functions, self.stream.clone());
+        Ok(Box::new(graph.map_err(|error| failed("a graph", error))?))
     }
 
     fn launch(&self, launch: &Launch) -> Result<()> {
@@ -333,6 +392,14 @@ impl Driver for Nvidia {
         .map_err(|error| failed(launch.kernel, error))
     }
 
+    fn is_lost(&self) -> bool {
+        // SAFETY: the stream is there as long as this.
+        let asked =
+            self.bind().is_ok().then(|| unsafe { sys::cuStreamQuery(self.stream.cu_stream()) });
+        let fine = [sys::CUresult::CUDA_SUCCESS, sys::CUresult::CUDA_ERROR_NOT_READY];
+        !asked.is_some_and(|state| fine.contains(&state))
+    }
+
     fn mark(&self) -> Result<Box<dyn Reached>> {
         let event =
             self.stream.record_event(None).map_err(|error| failed("marking its work", error))?;
@@ -340,108 +407,12 @@ impl Driver for Nvidia {
     }
 }
 
-/// A graph that is being made: its kernels run one after the other.
-struct Nodes {
-    graph: sys::CUgraph,
-    last: Option<sys::CUgraphNode>,
-}
-
-impl Nodes {
-    fn new() -> std::result::Result<Self, DriverError> {
-        let mut graph = null_mut();
-        // SAFETY: the place is there.
-        unsafe { sys::cuGraphCreate(&raw mut graph, 0) }.result()?;
-        Ok(Self { graph, last: None })
-    }
-
-    fn push(
-        &mut self,
-        launch: &Launch,
-        function: &CudaFunction,
-    ) -> std::result::Result<(), DriverError> {
-        let mut arguments = [launch.argument.as_ptr().cast_mut().cast()];
-        let [grid_x, grid_y, grid_z] = launch.grid;
-        let kernel = sys::CUDA_KERNEL_NODE_PARAMS {
-            func: function.cu_function(),
-            gridDimX: grid_x,
-            gridDimY: grid_y,
-            gridDimZ: grid_z,
-            blockDimX: launch.block,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: launch.shared_bytes,
-            kernelParams: arguments.as_mut_ptr(),
-            extra: null_mut(),
-            kern: null_mut(),
-            ctx: null_mut(),
-        };
-        let before = self.last.as_ref().map_or(null(), std::ptr::from_ref);
-        let count = usize::from(self.last.is_some());
-        let mut node = null_mut();
-        // SAFETY: the driver copies the argument, which is the struct that the kernel takes; what
-        // it points to lasts as long as the program. The node before is of this graph.
-        unsafe {
-            sys::cuGraphAddKernelNode_v2(
-                &raw mut node,
-                self.graph,
-                before,
-                count,
-                &raw const kernel,
-            )
-        }
-        .result()?;
-        self.last = Some(node);
-        Ok(())
-    }
-
-    fn instantiate(self) -> std::result::Result<sys::CUgraphExec, DriverError> {
-        // SAFETY: the graph is whole.
-        unsafe { result::graph::instantiate(self.graph, sys::CUgraphInstantiate_flags(0)) }
-    }
-}
-
-impl Drop for Nodes {
-    fn drop(&mut self) {
-        // SAFETY: what was instantiated is a copy. A failure is told by the next call.
-        let _ = unsafe { sys::cuGraphDestroy(self.graph) }.result();
-    }
-}
-
-/// A graph that can be launched.
-struct Instantiated {
-    graph: sys::CUgraphExec,
-    #[allow(dead_code, reason = "they keep the code as long as the graph")]
-    functions: Vec<CudaFunction>,
-    stream: Arc<CudaStream>,
-}
-
-// SAFETY: a graph belongs to its context and to no thread; who has it uses it alone.
-unsafe impl Send for Instantiated {}
-
-impl Graph for Instantiated {
-    fn launch(&self) -> Result<()> {
-        let launched = self.stream.context().bind_to_thread().and_then(|()| {
-            // SAFETY: the graph is whole, and what its kernels point to is its program's.
-            unsafe { sys::cuGraphLaunch(self.graph, self.stream.cu_stream()) }.result()
-        });
-        launched.map_err(|error| failed("a graph", error))
-    }
-}
-
-impl Drop for Instantiated {
-    fn drop(&mut self) {
-        // It may be running. A failure is told by the next call.
-        let _ = self.stream.synchronize();
-        // SAFETY: it is not running, and nobody else has it.
-        let _ = unsafe { result::graph::exec_destroy(self.graph) };
-    }
-}
-
 struct Event(CudaEvent);
 
 impl Reached for Event {
     fn is_reached(&self) -> bool {
-        self.0.is_complete()
+        // Of work that failed, waiting tells.
+        self.0.try_is_complete().unwrap_or(true)
     }
 
     fn wait(&self) -> Result<()> {

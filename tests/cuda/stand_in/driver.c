@@ -12,6 +12,7 @@
  *
  * TINY_SD_STAND_IN_MEMORY: bytes of the device (8 GiB). TINY_SD_STAND_IN_CAPABILITY: its compute
  * capability (8.0). TINY_SD_STAND_IN_DRIVER: the CUDA that it serves (13000).
+ * TINY_SD_STAND_IN_LAUNCHES: with the launch after so many it fails for good (never).
  * TINY_SD_STAND_IN_LOG: a file to which it adds lines about what was done. */
 #include <fcntl.h>
 #include <pthread.h>
