@@ -3,7 +3,7 @@
 //! and go through [`ClientEnd`], and nothing here waits but for a reply.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use candle_core::Layout;
@@ -14,6 +14,7 @@ use super::transport::{BulkSource, ClientEnd, Waker};
 use super::wire::{Reader, malformed, put_call};
 use crate::error::{Error, Result};
 
+mod bulk;
 mod programs;
 mod stages;
 
@@ -37,6 +38,7 @@ pub struct Session {
     /// Something arrived, was sent, or broke.
     changed: Condvar,
     waker: OnceLock<Waker>,
+    this: Weak<Session>,
 }
 
 #[derive(Default)]
@@ -115,11 +117,12 @@ pub struct Ticket(u64);
 impl Session {
     /// A session with the worker `name`. It speaks when somebody takes its frames.
     pub fn new(name: impl Into<String>) -> Arc<Self> {
-        Arc::new(Self {
+        Arc::new_cyclic(|this| Self {
             name: name.into(),
             state: Mutex::default(),
             changed: Condvar::new(),
             waker: OnceLock::new(),
+            this: this.clone(),
         })
     }
 
@@ -184,33 +187,6 @@ impl Session {
             // It goes along with whatever is sent next: nobody is woken for it.
             state.outbox.push(|out| Message::Free(id).put(next, out));
         }
-    }
-
-    /// Sends `len` bytes beside the frames; the op that stands for them.
-    ///
-    /// # Errors
-    /// If the session is over.
-    pub fn transfer(&self, source: impl FnOnce(u64) -> (BulkSource, Op)) -> Result<Op> {
-        let mut state = self.ready()?;
-        let transfer = state.next_transfer;
-        state.next_transfer += 1;
-        let (source, op) = source(transfer);
-        state.statistics.bulk_bytes_up += source.len;
-        state.bulk.push_back(source);
-        drop(state);
-        self.wake();
-        Ok(op)
-    }
-
-    /// Sends weights beside the frames.
-    ///
-    /// # Errors
-    /// If the session is over.
-    pub fn send_bulk(&self, source: BulkSource) -> Result<()> {
-        let len = source.len;
-        self.transfer(|_| (source, Op::Copy))?;
-        self.lock().statistics.weight_bytes_up += len;
-        Ok(())
     }
 
     /// Asks for a whole buffer, of `bytes`, early: the answer is taken by [`data`](Self::data).
@@ -402,6 +378,10 @@ impl ClientEnd for Session {
 
     fn received(&self, frame: &[u8]) -> Result<()> {
         let mut state = self.lock();
+        if state.failure.is_some() {
+            // What the worker says of a session that is over is no cause of its end.
+            return Ok(());
+        }
         state.statistics.bytes_down += frame.len() as u64;
         let mut input = Reader::new(frame);
         while !input.is_empty() {
