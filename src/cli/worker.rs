@@ -224,6 +224,9 @@ pub fn work(job: &WorkerJob) -> Result<()> {
     std::thread::spawn(move || {
         if lost.recv().is_ok() {
             found.store(true, Ordering::Relaxed);
+            // The client whose session showed it is told so before all ends.
+            watched.begin_shutdown();
+            std::thread::sleep(LAST_WORDS);
             watched.stop();
         }
     });
@@ -234,6 +237,9 @@ pub fn work(job: &WorkerJob) -> Result<()> {
     tracing::info!("ended");
     Ok(())
 }
+
+/// How long sessions may go on when the device has failed: they cannot do anything with it.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// What is wrong with a device that will not work again in this process.
 const LOST: &str = "has failed, and works again only when the worker is started anew";
