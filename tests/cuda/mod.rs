@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, DType, Layout};
 use tiny_sd::Result;
-use tiny_sd::backend::{Activation, Backend, Fused, Linear, Role, View, cpu, cuda};
+use tiny_sd::backend::{Activation, Backend, Conv2d, Fused, Linear, Role, View, cpu, cuda};
 use tiny_sd::pipeline::{Additions, LoadOptions, Pipeline, Placement};
 use tiny_sd::progress::Silent;
 use tiny_sd::remote;
@@ -206,6 +206,51 @@ fn check_worker(device: &cuda::Device) {
 
 fn upload_host() -> cpu::Device {
     cpu::Device::with_threads(1).unwrap()
+}
+
+/// A convolution of `x`, (batch, channels, height, width), to `out` channels in a window of 3×3,
+/// each image dense: as much of the batch as `images` says.
+fn convolve<B: Backend>(
+    [batch, channels, height, width]: [usize; 4],
+    out: usize,
+    images: std::ops::Range<usize>,
+    dtype: DType,
+    device: &B::Device,
+) -> Result<Vec<f32>> {
+    let values = |dims: &[usize]| {
+        let values = (0..dims.iter().product()).map(|i: usize| ((i * 7919 + 13) % 2003) as f32);
+        let values: Vec<f32> = values.map(|value| value / 2003.0 - 0.5).collect();
+        Tensor::<B>::from_slice(&values, dims, device)?.to_dtype(dtype)
+    };
+    let x = values(&[batch, height, width, channels])?.permute(&[0, 3, 1, 2])?;
+    let x = x.narrow(0, images.start, images.len())?;
+    let weight = values(&[out, channels, 3, 3])?.prepare(Role::Conv2d { stride: 1 })?;
+    let y = x.conv2d(&weight, Some(&values(&[out])?), Conv2d::same(3))?;
+    y.to_dtype(DType::F32)?.to_vec::<f32>()
+}
+
+#[test]
+fn sums_of_small_images_are_split_and_neither_batch_nor_tile_changes_a_bit() -> Result<()> {
+    let (gpu, host) = (device(), cpu::Device::with_threads(2)?);
+    for (x, out, parts) in
+        [([3, 384, 5, 6], 72, 3), ([5, 256, 7, 7], 72, 2), ([3, 48, 5, 6], 72, 1)]
+    {
+        let all = convolve::<cuda::Storage>(x, out, 0..x[0], DType::F16, &gpu)?;
+        for image in 0..x[0] {
+            let one = convolve::<cuda::Storage>(x, out, image..image + 1, DType::F16, &gpu)?;
+            let len = one.len();
+            assert!(one == all[image * len..(image + 1) * len], "{x:?}: image {image}");
+        }
+        let launches = gpu.launches();
+        let found = convolve::<cuda::Storage>(x, out, 0..x[0], DType::F32, &gpu)?;
+        // The weight and, when it is read, the result are laid anew; parts are joined.
+        assert_eq!(gpu.launches() - launches, 3 + u64::from(parts > 1), "{x:?}");
+        let expected = convolve::<cpu::Storage>(x, out, 0..x[0], DType::F32, &host)?;
+        let error = expected.iter().zip(&found).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        let most = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+        assert!(error < 3e-5 * most, "{x:?}: {error} of {most}");
+    }
+    Ok(())
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Convolutions and linear layers as launches: the latter are those of a window of one pixel.
 //! Separate from the other fused ops because the two share a kernel.
 
+use candle_core::DType;
 use candle_core::backend::BackendStorage;
 
 use super::Storage;
@@ -14,6 +15,15 @@ use crate::backend::fused::{Activation, Conv2d, Linear, Role};
 use crate::backend::weighted::Weighted;
 use crate::error::{Error, Result};
 
+/// Rows and columns of a small tile of the result.
+const SMALL_TILE: usize = 64;
+/// Tiles of one image below which sums are split, so that a small image keeps a large GPU busy.
+const TILES_OF_AN_IMAGE: usize = 128;
+/// Products of one number of the result that a part has at least.
+const PRODUCTS_OF_A_PART: usize = 1024;
+/// Parts of a sum at most.
+const MOST_PARTS: usize = 8;
+
 /// What convolutions and linear layers have in common: an image, a window, and what follows.
 struct Window {
     batch: usize,
@@ -26,9 +36,22 @@ struct Window {
     enlarged: [usize; 2],
     out_size: [usize; 2],
     activation: Activation,
+    /// Of every sum.
+    parts: usize,
 }
 
 impl Window {
+    /// Into how many parts sums are split: by the size of one image, whatever the batch and the
+    /// GPU, so that neither changes a bit.
+    fn split(mut self) -> Self {
+        let pixels = self.out_size[0] * self.out_size[1];
+        let tiles = pixels.div_ceil(SMALL_TILE) * self.out.div_ceil(SMALL_TILE);
+        let products = self.kernel[0] * self.kernel[1] * self.channels;
+        let most = (products / PRODUCTS_OF_A_PART).clamp(1, MOST_PARTS);
+        self.parts = (TILES_OF_AN_IMAGE / tiles.max(1)).clamp(1, most);
+        self
+    }
+
     fn launch(
         &self,
         x: Operand<'_, Storage>,
@@ -39,6 +62,9 @@ impl Window {
         let device = x.storage.device();
         let rows = self.batch * self.out_size[0] * self.out_size[1];
         let result = device.elements(dtype, rows * self.out)?;
+        let partials = if self.parts > 1 { self.parts * rows * self.out } else { 0 };
+        let partials = device.elements(DType::F32, partials)?;
+        let partials_or_null = if self.parts > 1 { partials.address() } else { Address(0) };
         let sizes = ints([
             self.batch,
             self.size[0],
@@ -60,24 +86,33 @@ impl Window {
             .pointer(bias)
             .pointer(residual)
             .pointer(result.address())
-            .pointer(Address(0));
+            .pointer(partials_or_null);
         let argument = sizes.into_iter().fold(start, Arguments::int);
-        let argument = argument.int(self.activation.code()).int(1).finish();
+        let [parts] = ints([self.parts])?;
+        let argument = argument.int(self.activation.code()).int(parts).finish();
         let large = rows.div_ceil(128) * self.out.div_ceil(128);
         let is_large = self.out > 64 && large >= device.multiprocessors();
         let (kernel, tile, block) =
-            if is_large { ("conv2d_large", 128, 256) } else { ("conv2d_small", 64, 128) };
-        let [across, down] = ints([rows.div_ceil(tile), self.out.div_ceil(tile)])?;
-        if rows > 0 {
+            if is_large { ("conv2d_large", 128, 256) } else { ("conv2d_small", SMALL_TILE, 128) };
+        let run = |kernel, grid: [usize; 3], block| -> Result<()> {
+            let grid = ints(grid)?.map(i32::cast_unsigned);
+            let (source, argument) = (CONV2D, argument.clone());
             device.launch(Launch {
-                source: CONV2D,
+                source,
                 numbers,
                 kernel,
-                grid: [across.cast_unsigned(), down.cast_unsigned(), 1],
+                grid,
                 block,
                 shared_bytes: 0,
                 argument,
-            })?;
+            })
+        };
+        if rows > 0 {
+            run(kernel, [rows.div_ceil(tile), self.out.div_ceil(tile), self.parts], block)?;
+        }
+        if rows > 0 && self.parts > 1 {
+            let most = 16 * device.multiprocessors();
+            run("conv2d_join", [(rows * self.out).div_ceil(256).min(most), 1, 1], 256)?;
         }
         Ok(result)
     }
@@ -116,7 +151,9 @@ impl Conv2d {
             enlarged,
             out_size: [moves(size.height, kernel_h), moves(size.width, kernel_w)],
             activation: Activation::Identity,
+            parts: 1,
         };
+        let window = window.split();
         let addresses = [image.address, prepared.address, bias.address, residual.address];
         window.launch(x, addresses)
     }
@@ -147,6 +184,8 @@ impl Linear {
             enlarged: [0, 0],
             out_size: [1, 1],
             activation: self.activation,
+            // Rows are not told from images here.
+            parts: 1,
         };
         window.launch(x, [input.address, weight.address, bias.address, residual.address])
     }
@@ -159,6 +198,44 @@ impl Activation {
             Activation::Silu => 1,
             Activation::QuickGelu => 2,
             Activation::Gelu => 3,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_small_images_sums_are_split() {
+        // Pixels of a side, channels, out, kernel.
+        for (side, channels, out, kernel, parts) in [
+            (64, 320, 320, 3, 1),
+            (32, 640, 640, 3, 1),
+            (16, 1280, 1280, 3, 1),
+            (16, 1280, 640, 3, 3),
+            (8, 1280, 1280, 3, 6),
+            (8, 2560, 1280, 3, 6),
+            (8, 1280, 1280, 1, 1),
+            (4, 2560, 1280, 3, 6),
+            (8, 4, 320, 3, 1),
+            (512, 128, 3, 3, 1),
+            (0, 128, 0, 3, 1),
+        ] {
+            let window = Window {
+                batch: 2,
+                size: [side; 2],
+                channels,
+                out,
+                kernel: [kernel; 2],
+                stride: 1,
+                padding: kernel / 2,
+                enlarged: [0, 0],
+                out_size: [side; 2],
+                activation: Activation::Identity,
+                parts: 1,
+            };
+            assert_eq!(window.split().parts, parts, "{side}² of {channels} to {out} by {kernel}");
         }
     }
 }

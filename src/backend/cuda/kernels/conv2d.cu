@@ -9,10 +9,9 @@
 // bytes; any other size is right, element by element. y = activation(window · weight + bias) +
 // residual, in f32, rounded once.
 //
-// Where even small tiles are fewer than the multiprocessors, and the sum is long, it can be split:
-// grid.z = splits blocks add up parts of it into `partials`, and conv2d_join adds those in order.
-// With tiles = grid.x · grid.y and steps = ⌈kernel_h · kernel_w · channels / 32⌉, a good number is
-// min(2 · multiprocessors / tiles, steps / 8, 16); equal numbers give equal bits.
+// Where even small tiles are few, and the sum is long, it can be split: grid.z = splits blocks add
+// up parts of it into `partials`, and conv2d_join adds those in order. Equal numbers of splits give
+// equal bits, whatever the tile and the batch.
 #include "window.cuh"
 
 #define PART(name) name##_large
