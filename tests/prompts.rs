@@ -257,6 +257,10 @@ fn each_picture_of_alternatives_records_what_its_seed_chose_and_is_made_again() 
     paint(&["--from", "x-2.png", "-q", "-o", "again.png"]);
     let pixels = |name: &str| read_png(&folder.path().join(name)).0;
     assert!(pixels("again.png") == pixels("x-2.png") && pixels("x-2.png") != pixels("x-3.png"));
+    let parts = ["--wildcards lists: there is no such folder"];
+    check_failure("no folder", &["a fox", "--wildcards", "lists"], 2, &parts, &[]);
+    std::fs::create_dir(&lists).unwrap();
+    let words = ["__none__", "--wildcards", lists.to_str().unwrap()];
     let parts = ["the prompt: __none__ (", "there is no such file"];
-    check_failure("no file", &["__none__", "--wildcards", "lists"], 2, &parts, &[]);
+    check_failure("no file", &words, 2, &parts, &[]);
 }

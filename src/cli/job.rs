@@ -30,7 +30,7 @@ use super::output::OutputPlan;
 use super::prompt::{check, given_prompt, prompt_of_stdin};
 use super::schedulers::{self, SchedulersJob};
 use super::surroundings::Surroundings;
-use super::texts::Alternatives;
+use super::texts::{self, Alternatives};
 use super::values::{
     BatchSize, ClipSkip, Count, DtypeChoice, GuidanceScale, SizeRequest, Steps, Verbosity,
 };
@@ -207,6 +207,7 @@ pub(super) fn job(mut args: Args, surroundings: &mut dyn Surroundings) -> Result
         }
     };
     let output = OutputPlan::new(picture.output.as_deref(), picture.count, surroundings)?;
+    texts::check_folder(picture.wildcards.as_deref(), surroundings)?;
     let variable = |name: &str| surroundings.variable(name);
     // Programs are told of files, and on a quiet terminal nothing is drawn.
     let may_draw = surroundings.stderr_is_terminal() && !run.json && !run.quiet;

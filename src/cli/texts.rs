@@ -7,7 +7,8 @@ use std::path::Path;
 use super::alternatives::{Template, Wildcards};
 use super::args::Chosen;
 use super::job::Job;
-use crate::error::Result;
+use super::surroundings::{At, Surroundings};
+use crate::error::{Error, Result};
 use crate::pipeline::PromptSyntax;
 
 /// The prompts of a job that have alternatives.
@@ -67,12 +68,53 @@ impl Job {
     }
 }
 
+/// Whether `--wildcards` names a folder, also where no prompt names a file in it: a name that is
+/// mistyped is to be heard of before it is needed.
+///
+/// # Errors
+/// If it does not.
+pub(super) fn check_folder(folder: Option<&Path>, surroundings: &dyn Surroundings) -> Result<()> {
+    let Some(folder) = folder else { return Ok(()) };
+    let problem = match surroundings.at(folder) {
+        At::Folder => return Ok(()),
+        At::Nothing => "there is no such folder",
+        At::File | At::Device => "it is not a folder",
+    };
+    Err(Error::usage(format!("--wildcards {}: {problem}", folder.display())))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cli::from::tests::{from, with_record};
-    use crate::cli::job::tests::{Fake, job_of};
+    use crate::cli::job::tests::{Fake, job_of, parse_words};
     use crate::cli::settings::tests::settings;
+    use crate::error::Kind;
+
+    #[test]
+    fn a_folder_of_alternatives_that_is_none_is_named_whatever_the_prompts_are() {
+        let check = |words: &str, expected: Option<&str>| {
+            let there = vec![("w", At::Folder), ("file.txt", At::File)];
+            let files = vec![("jobs.txt", b"a fox".to_vec())];
+            let stdin = Some(b"a fox".to_vec());
+            let mut fake = Fake { there, files, stdin, ..Fake::default() };
+            let error = parse_words(words, &mut fake).err();
+            let found = error.as_ref().map(ToString::to_string);
+            assert_eq!(found.as_deref(), expected, "{words}");
+            assert!(error.is_none_or(|error| error.kind() == Kind::Usage), "{words}");
+            // Nobody types a prompt first.
+            assert!(expected.is_none() || fake.stdin.is_some(), "{words}");
+        };
+        let none = Some("--wildcards none: there is no such folder");
+        check("a fox|--wildcards|w", None);
+        check("-|--wildcards|w", None);
+        check("a fox|--wildcards|none", none);
+        check("-|--wildcards|none", none);
+        check("a fox|--wildcards|file.txt", Some("--wildcards file.txt: it is not a folder"));
+        check("batch|jobs.txt|--out-dir|o|--wildcards|w", None);
+        let in_batch = Some("jobs.txt: line 1: --wildcards none: there is no such folder");
+        check("batch|jobs.txt|--out-dir|o|--wildcards|none", in_batch);
+    }
 
     #[test]
     fn plain_prompts_have_no_alternatives_unless_there_is_a_folder_of_them() {

@@ -19,6 +19,7 @@ use crate::cli::inputs::Inputs;
 use crate::cli::job::{Choice, Job};
 use crate::cli::output::{OutputPlan, Target, before_suffix};
 use crate::cli::surroundings::Surroundings;
+use crate::cli::texts::check_folder;
 use crate::error::{Error, Result};
 
 /// Pictures of one batch at most.
@@ -68,6 +69,7 @@ pub(super) fn tasks(lines: &[Line], defaults: &Defaults<'_>) -> Result<Vec<Task>
         let at_line = |error: Error| error.context(format!("line {}", line.number));
         let picture = fields.over(defaults.picture, &line.fields).map_err(at_line)?;
         let (folder, chosen) = (picture.wildcards.clone(), picture.chosen);
+        check_folder(folder.as_deref(), defaults.surroundings).map_err(at_line)?;
         let mut job = job(picture, defaults, &mut seeds, line.number).map_err(at_line)?;
         job.read_alternatives(folder.as_deref(), chosen, &mut wildcards).map_err(at_line)?;
         let job = Arc::new(job);
