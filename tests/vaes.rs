@@ -2,6 +2,7 @@
 //! one against diffusers (`tests/generate_vaes.py`).
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
@@ -170,6 +171,27 @@ fn of_repositories_only_what_is_used_is_downloaded() {
     assert!(asked.iter().any(|path| path.ends_with("unet/diffusion_pytorch_model.bin")));
     let vae = asked.iter().find(|path| path.ends_with("vae/diffusion_pytorch_model.bin"));
     assert_eq!(vae, None);
+}
+
+#[test]
+fn who_cannot_have_a_vae_is_told_what_helps_a_vae_and_of_no_model() {
+    let (scratch, model) = (TempDir::new().unwrap(), model("tiny"));
+    // Nobody listens on a port that was free a moment ago.
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let url = format!("http://{closed}");
+    let environment = [("HF_ENDPOINT", &*url), ("HF_HOME", "cache")];
+    for words in [
+        &["a fox", "-m", model.to_str().unwrap(), "--vae", "org/name", "--offline"][..],
+        &["a fox", "-m", model.to_str().unwrap(), "--vae", "org/name"],
+        &["models", "pull", "org/name", "--as-vae", "--offline"],
+    ] {
+        let output = run(scratch.path(), words, &environment);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(3), "{words:?}: {stderr}");
+        let advice = ", or give a local folder with --vae DIR\n";
+        assert!(stderr.contains("org/name") && stderr.ends_with(advice), "{words:?}: {stderr}");
+        assert!(!stderr.contains("-m ") && stderr.lines().count() == 1, "{words:?}: {stderr}");
+    }
 }
 
 #[test]

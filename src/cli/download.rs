@@ -7,7 +7,7 @@ use super::interrupt;
 use super::model::HubName;
 use crate::error::{Kind, Result};
 use crate::progress::{Event, Progress};
-use crate::weights::hub::{self, Hub, HubOptions, Repository, Revision};
+use crate::weights::hub::{self, Hub, HubOptions, Purpose, Repository, Revision};
 use crate::weights::{Component, Variant, choose, config_files, json};
 
 /// Which files of which repository.
@@ -55,6 +55,10 @@ pub(super) fn download(
     let Download { name, revision, part, offline } = *wanted;
     let mut options = options()?;
     options.offline |= offline;
+    options.purpose = match part {
+        Part::Whole | Part::WithoutVae => Purpose::Model,
+        Part::Vae => Purpose::Vae,
+    };
     if let Some(revision) = revision {
         options.revision = Revision::parse(revision.as_str())?;
     }

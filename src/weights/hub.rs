@@ -24,11 +24,10 @@ use client::{Client, Listing, Metadata, Subject};
 use download::BlobDownload;
 pub use inventory::{CachedRepository, CachedRevision, Inventory};
 pub use names::{Commit, FileName, RepositoryId, Revision};
-pub use options::{HubOptions, Token};
+pub use options::{HubOptions, Purpose, Token};
 pub use removal::Removal;
 use transport::{Failure, Transport};
 
-use super::built_in;
 use crate::error::{Error, Result};
 
 /// Tries to look a revision up: fewer than for a download, because the user waits for the first
@@ -106,7 +105,7 @@ impl<'c> Hub<'c> {
     /// Nothing is asked of the network yet. Once `cancelled` is true, every call ends within a
     /// fraction of a second with [`Error::interrupted`].
     pub fn new(options: HubOptions, cancelled: &'c AtomicBool) -> Self {
-        let client = Client::new(Transport::new(&options, cancelled));
+        let client = Client::new(Transport::new(&options, cancelled), options.purpose);
         Self { options, client }
     }
 
@@ -136,16 +135,16 @@ impl<'c> Hub<'c> {
             (Err(failure), Some(commit)) => {
                 let reason = match failure {
                     Failure::Passing(reason) => format!("{id}: {reason}"),
-                    failure => failure.into_error(id.as_str()).to_string(),
+                    failure => self.client.error(failure, id.as_str()).to_string(),
                 };
                 Ok(self.cached_repository(id, cache, commit, Some(reason)))
             }
             (Err(Failure::Passing(reason)), None) => Err(Error::model(format!(
                 "{id}: {reason}, and it is not in the cache {}; check the network and \
                  HF_ENDPOINT, set HF_HOME if it was downloaded elsewhere (--offline then uses \
-                 it), give a local folder with -m DIR, or take the small built-in model: -m {}",
+                 it), {}",
                 cache.cache_dir().display(),
-                built_in::NAME
+                self.options.purpose.instead()
             ))),
             (Err(Failure::Refused(error)), None) => Err(error),
         }
@@ -167,11 +166,10 @@ impl<'c> Hub<'c> {
     fn not_cached(&self, id: &RepositoryId, cache: &RepositoryCache) -> Error {
         Error::model(format!(
             "{id} (revision '{}') is not in the cache {}: run once without --offline and \
-             HF_HUB_OFFLINE to download it, give a local folder with -m DIR, or take the small \
-             built-in model: -m {}",
+             HF_HUB_OFFLINE to download it, {}",
             self.options.revision,
             cache.cache_dir().display(),
-            built_in::NAME
+            self.options.purpose.instead()
         ))
     }
 }
@@ -261,7 +259,8 @@ impl Repository<'_> {
             let subject = self.subject(file);
             let ask = || self.hub.client.metadata(&subject, &self.commit);
             let metadata = transport.retry(transport.tries(), ask);
-            plan.push((file, metadata.map_err(|failure| failure.into_error(&subject.what()))?));
+            let failed = |failure| self.hub.client.error(failure, &subject.what());
+            plan.push((file, metadata.map_err(failed)?));
         }
         let sum = |plan: &[(&FileName, Metadata)]| {
             plan.iter().try_fold(0u64, |sum, (_, file)| sum.checked_add(file.size_bytes?))

@@ -5,6 +5,7 @@ use serde::Deserialize;
 use ureq::http::{HeaderMap, StatusCode};
 
 use super::names::{Commit, Etag, FileName, RepositoryId, Revision, printable, url_encoded};
+use super::options::Purpose;
 use super::transport::{Answer, Attempt, Failure, Method, Transport, text};
 use crate::error::Error;
 
@@ -32,11 +33,17 @@ pub(super) struct Listing {
 
 pub(super) struct Client<'c> {
     transport: Transport<'c>,
+    purpose: Purpose,
 }
 
 impl<'c> Client<'c> {
-    pub fn new(transport: Transport<'c>) -> Self {
-        Self { transport }
+    pub fn new(transport: Transport<'c>, purpose: Purpose) -> Self {
+        Self { transport, purpose }
+    }
+
+    /// Why there is no answer about `what`, with what helps.
+    pub fn error(&self, failure: Failure, what: &str) -> Error {
+        failure.into_error(what, self.purpose)
     }
 
     pub fn transport(&self) -> &Transport<'c> {

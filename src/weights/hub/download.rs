@@ -266,7 +266,7 @@ impl BlobDownload<'_> {
     }
 
     fn error(&self, failure: Failure) -> Error {
-        failure.into_error(&self.subject.what())
+        self.client.error(failure, &self.subject.what())
     }
 }
 

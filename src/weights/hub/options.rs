@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::names::Revision;
 use crate::error::{Error, Result};
+use crate::weights::built_in;
 
 /// Where the hub is, who asks, and where files are kept. Field by field as huggingface_hub's
 /// `constants.py`.
@@ -24,6 +25,8 @@ pub struct HubOptions {
     pub offline: bool,
     /// `--revision`.
     pub revision: Revision,
+    /// What the repository is wanted for.
+    pub purpose: Purpose,
     /// Snapshots link to blobs; otherwise they hold the files: `HF_HUB_DISABLE_SYMLINKS`.
     pub symlinks: bool,
     /// `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY` of this process are heeded.
@@ -36,6 +39,37 @@ pub struct HubOptions {
     pub tries: u32,
     /// The pause before the second try; it doubles with each further one.
     pub retry_wait: Duration,
+}
+
+/// What a repository is wanted for, which decides what helps where it cannot be had.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Purpose {
+    /// `--model`.
+    #[default]
+    Model,
+    /// `--vae`.
+    Vae,
+}
+
+impl Purpose {
+    /// The flag that takes a folder in its place.
+    pub(super) fn folder_flag(self) -> &'static str {
+        match self {
+            Self::Model => "-m DIR",
+            Self::Vae => "--vae DIR",
+        }
+    }
+
+    /// What can be taken in its place: the end of a list of advice.
+    pub(super) fn instead(self) -> String {
+        let folder = format!("give a local folder with {}", self.folder_flag());
+        match self {
+            Self::Model => {
+                format!("{folder}, or take the small built-in model: -m {}", built_in::NAME)
+            }
+            Self::Vae => format!("or {folder}"),
+        }
+    }
 }
 
 /// A secret: it is sent to the endpoint and shown nowhere.
@@ -95,6 +129,7 @@ impl HubOptions {
             offline: environment.is_true("HF_HUB_OFFLINE")
                 || environment.is_true("TRANSFORMERS_OFFLINE"),
             revision: Revision::default(),
+            purpose: Purpose::default(),
             symlinks: !environment.is_true("HF_HUB_DISABLE_SYMLINKS"),
             proxy_from_environment: true,
             answer_timeout: environment.seconds("HF_HUB_ETAG_TIMEOUT")?,

@@ -11,7 +11,7 @@ use ureq::{Agent, Body, Timeout};
 
 use super::HubOptions;
 use super::names::printable;
-use super::options::Token;
+use super::options::{Purpose, Token};
 use crate::error::Error;
 
 /// Most redirects that one request follows.
@@ -39,11 +39,12 @@ pub(super) enum Failure {
 
 impl Failure {
     /// For one line.
-    pub fn into_error(self, what: &str) -> Error {
+    pub fn into_error(self, what: &str, purpose: Purpose) -> Error {
         match self {
             Failure::Passing(reason) => Error::model(format!(
                 "{what}: {reason}; check the network (or HF_ENDPOINT) and run again, or give a \
-                 local folder with -m DIR"
+                 local folder with {}",
+                purpose.folder_flag()
             )),
             Failure::Refused(error) | Failure::Final(error) => error,
         }
