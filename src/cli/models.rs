@@ -16,12 +16,12 @@ use super::download::{Download, Part, download, options};
 use super::info::megabytes;
 use super::interrupt;
 use super::job::Request;
-use super::model::HubName;
+use super::model::{HubName, ModelSource};
 use super::surroundings::Surroundings;
 use super::values::Verbosity;
 use crate::error::{Error, Result};
-use crate::weights::Variant;
 use crate::weights::hub::{CachedRepository, Commit, Removal, RepositoryId};
+use crate::weights::{Variant, built_in};
 
 /// What is to be done about downloaded models.
 #[derive(Debug, Parser)]
@@ -65,7 +65,7 @@ struct PullArgs {
     /// The repository, org/name, and a branch, tag or commit of it
     // Named as --model is, so that what the file of defaults says of its own model is not taken.
     #[arg(id = "model", value_name = "REPO[@REVISION]")]
-    repository: RepositoryAt,
+    what: Pulled,
 
     /// Weights to prefer where a model has several, such as fp16
     #[arg(long, value_name = "NAME")]
@@ -128,6 +128,7 @@ Examples:
 
 const PULL_AFTER_HELP: &str = "\
 Files that are there are not downloaded again, and a download that was cut goes on where it stopped.
+demo is in the program: there is nothing to download.
 
 Examples:
   tiny-sd models pull segmind/tiny-sd
@@ -152,6 +153,11 @@ pub enum ModelsJob {
     List {
         /// For programs.
         is_json: bool,
+    },
+    /// Say that the built-in model needs no download.
+    BuiltIn {
+        /// How much is said.
+        verbosity: Verbosity,
     },
     /// Download.
     Pull {
@@ -204,6 +210,26 @@ impl fmt::Display for RepositoryAt {
     }
 }
 
+/// What is to be downloaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Pulled {
+    /// Nothing: it is in the program.
+    BuiltIn,
+    /// A repository.
+    Repository(RepositoryAt),
+}
+
+impl FromStr for Pulled {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            built_in::NAME => Ok(Self::BuiltIn),
+            _ => text.parse().map(Self::Repository),
+        }
+    }
+}
+
 /// Its flags.
 pub(super) fn command() -> clap::Command {
     ModelsArgs::command()
@@ -244,9 +270,19 @@ fn pull(
     let words = std::iter::once("tiny-sd models pull".into()).chain(flags);
     let args = config::matches(&command, words, Scope::Shown, surroundings)?
         .and_then(|matches| PullArgs::from_arg_matches(&matches));
-    let PullArgs { repository, variant, as_vae, offline, quiet } =
-        args.map_err(|error| usage(&error))?;
+    let PullArgs { what, variant, as_vae, offline, quiet } = args.map_err(|error| usage(&error))?;
     let verbosity = if quiet { Verbosity::Quiet } else { Verbosity::Normal };
+    let repository = match what {
+        Pulled::Repository(repository) => repository,
+        Pulled::BuiltIn if as_vae => {
+            let name = built_in::NAME;
+            return Err(Error::usage(format!("--as-vae {name}: its VAE fits no other model")));
+        }
+        Pulled::BuiltIn => {
+            ModelSource::BuiltIn.check(None, variant.as_ref(), None)?;
+            return Ok(ModelsJob::BuiltIn { verbosity });
+        }
+    };
     Ok(ModelsJob::Pull { repository, variant, is_vae: as_vae, offline, verbosity })
 }
 
@@ -257,6 +293,13 @@ fn pull(
 pub fn models(job: &ModelsJob) -> Result<()> {
     match job {
         ModelsJob::List { is_json } => list::list(*is_json),
+        ModelsJob::BuiltIn { verbosity } => {
+            let name = built_in::NAME;
+            Display::new(*verbosity).line(format!(
+                "{name} is built in: there is nothing to download; -m {name} uses it"
+            ));
+            Ok(())
+        }
         ModelsJob::Pull { repository, variant, is_vae, offline, verbosity } => {
             interrupt::install(*verbosity == Verbosity::Quiet)?;
             let wanted = Download {

@@ -193,6 +193,29 @@ fn a_pull_ends_as_a_run_would_that_cannot_have_the_model() {
 }
 
 #[test]
+fn the_built_in_model_needs_no_download_and_a_pull_of_it_says_so() {
+    let server = end_to_end::hub("tiny");
+    let place = Place::new(server.url());
+    let built_in = "demo is built in: there is nothing to download; -m demo uses it\n";
+    for (words, code, expected) in [
+        (&["pull", "demo"][..], 0, built_in),
+        (&["pull", "demo", "--offline"], 0, built_in),
+        (&["pull", "demo", "-q"], 0, ""),
+        (
+            &["pull", "demo", "--variant", "fp16"],
+            2,
+            "error: --variant fp16 chooses among several files; demo is the built-in model\n",
+        ),
+        (&["pull", "demo", "--as-vae"], 2, "error: --as-vae demo: its VAE fits no other model\n"),
+    ] {
+        let Said { code: found, stdout, stderr } = place.run(words);
+        assert_eq!((found, &*stdout, &*stderr), (Some(code), "", expected), "{words:?}");
+    }
+    assert_eq!(server.take_log().len(), 0);
+    assert!(!place.cache().exists());
+}
+
+#[test]
 fn a_vae_is_pulled_as_one_and_a_variant_as_it_is_asked_for() {
     let model = Model {
         files: vec![
