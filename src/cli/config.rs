@@ -10,16 +10,16 @@ use std::path::{Path, PathBuf};
 use clap::error::ContextKind;
 use clap::parser::ValueSource;
 use clap::{ArgAction, ArgMatches, Command, CommandFactory, FromArgMatches, Parser};
-use serde_json::json;
+use serde_json::{Map, json};
 use toml::{Spanned, Value};
 
 use super::args::Args;
 use super::command::usage;
 use super::job::Request;
 use super::model::ModelSource;
-use super::surroundings::Surroundings;
+use super::surroundings::{At, Surroundings};
 use crate::error::{Error, Result};
-use crate::weights::built_in;
+use crate::weights::{built_in, defaults};
 
 /// Largest file that is read, in bytes.
 const MAX_BYTES: usize = 64 << 10;
@@ -63,7 +63,7 @@ pub(super) fn matches(
         Err(error) => return Ok(Err(error)),
     };
     let Some(file) = File::read(surroundings)? else {
-        return with_model(command.clone(), plain, words, &BTreeSet::new());
+        return with_model(command.clone(), plain, words, &BTreeSet::new(), surroundings);
     };
     let mut set = BTreeSet::new();
     let is_set = |name| surroundings.variable(name).is_some_and(|value| !value.is_empty());
@@ -94,34 +94,69 @@ pub(super) fn matches(
     }
     // Of a copy: clap loses track of the flags of a command that has parsed and is then changed.
     match command.clone().try_get_matches_from(words.iter()) {
-        Ok(matches) => with_model(command, matches, words, &set),
+        Ok(matches) => with_model(command, matches, words, &set, surroundings),
         Err(error) => Ok(Err(error)),
     }
 }
 
-/// What is found with the defaults that the built-in model has, if it is the model: before clap's,
-/// and after those that the file has set.
+/// What is found with the defaults that the model has, if it has any: before clap's, and after
+/// those that the file has set.
 fn with_model(
     mut command: Command,
     found: ArgMatches,
     words: Vec<OsString>,
     set: &BTreeSet<String>,
+    surroundings: &dyn Surroundings,
 ) -> Result<std::result::Result<ArgMatches, clap::Error>> {
-    match found.try_get_one("model") {
-        Ok(Some(ModelSource::BuiltIn)) => {}
-        Ok(Some(ModelSource::Hub(_) | ModelSource::Folder(_) | ModelSource::File(_)) | None)
-        | Err(_) => return Ok(Ok(found)),
+    let defaults = match found.try_get_one::<ModelSource>("model") {
+        Ok(Some(source)) => of_model(source, surroundings)?,
+        Ok(None) | Err(_) => Map::new(),
+    };
+    if defaults.is_empty() {
+        return Ok(Ok(found));
     }
-    let defaults = built_in::defaults()?;
-    for (name, value) in defaults.as_object().into_iter().flatten() {
-        let flag = command.get_arguments().find(|flag| flag.get_long() == Some(name));
+    for (name, value) in &defaults {
+        let flag = command.get_arguments().find(|flag| flag.get_long() == Some(name.as_str()));
         let id = flag.filter(|_| !set.contains(name)).map(|flag| flag.get_id().clone());
         if let Some(id) = id {
-            let value: &'static str = value.to_string().leak();
+            let value: &'static str = defaults::typed(value).leak();
             command = command.mut_arg(id, |flag| flag.default_value(value));
         }
     }
     Ok(command.try_get_matches_from(words))
+}
+
+/// What a model says of flags that are not given, each as its flag takes it.
+///
+/// # Errors
+/// If its file cannot be read, or has what a flag does not take.
+fn of_model(
+    source: &ModelSource,
+    surroundings: &dyn Surroundings,
+) -> Result<Map<String, serde_json::Value>> {
+    let path = match source {
+        ModelSource::BuiltIn => return built_in::defaults(),
+        ModelSource::Folder(folder) => folder.join(defaults::FILE),
+        ModelSource::Hub(_) | ModelSource::File(_) => return Ok(Map::new()),
+    };
+    match surroundings.at(&path) {
+        At::File => {}
+        // What else may be wrong with the folder, loading the model says.
+        At::Nothing | At::Folder | At::Device => return Ok(Map::new()),
+    }
+    let wrong = |problem: String| Error::model(problem).context(path.display());
+    let bytes = surroundings.read_file(&path, MAX_BYTES);
+    let bytes = bytes.map_err(|error| wrong(error.to_string()))?;
+    if bytes.len() > MAX_BYTES {
+        return Err(wrong(format!("it is longer than {MAX_BYTES} bytes")));
+    }
+    let text = std::str::from_utf8(&bytes).map_err(|_| wrong("it is not UTF-8".to_owned()))?;
+    let found = defaults::parse(text).map_err(|error| error.context(path.display()))?;
+    let command = Args::command();
+    for (name, value) in &found {
+        check(&command, name, &defaults::typed(value)).map_err(wrong)?;
+    }
+    Ok(found)
 }
 
 /// What the file says.
@@ -215,14 +250,20 @@ fn values(
         ArgAction::Append => format!("{name} takes a text, or a list of them"),
         _ => format!("{name} takes one text or number"),
     })?;
-    for text in &texts {
-        let words = ["tiny-sd".to_owned(), format!("--{name}={text}")];
-        if let Err(error) = command.clone().try_get_matches_from(words) {
+    texts.iter().try_for_each(|text| check(command, name, text))?;
+    Ok(texts)
+}
+
+/// Whether a flag takes a text; what it says if not.
+fn check(command: &Command, name: &str, text: &str) -> std::result::Result<(), String> {
+    let words = ["tiny-sd".to_owned(), format!("--{name}={text}")];
+    match command.clone().try_get_matches_from(words) {
+        Ok(_) => Ok(()),
+        Err(error) => {
             let problem = usage(&error).to_string();
-            return Err(problem.trim_end_matches("; see tiny-sd --help").to_owned());
+            Err(problem.trim_end_matches("; see tiny-sd --help").to_owned())
         }
     }
-    Ok(texts)
 }
 
 /// A value as it would be typed.

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::{CommandFactory, FromArgMatches, Parser};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::command::usage;
 use super::display::Display;
@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::image::{FileFormat, Infotext, PictureTexts};
 use crate::pipeline;
 use crate::schedule::SchedulerConfig;
+use crate::weights::defaults::typed;
 use crate::weights::{Checkpoint, Component, Format, Model, SingleFile, Variant, built_in};
 
 /// What is asked about.
@@ -316,6 +317,11 @@ fn model(job: &InfoJob, source: &ModelSource) -> Result<Found> {
     let scheduler = SchedulerConfig::parse(&scheduler_config).and_then(|config| config.scheduler());
     let scheduler = scheduler.map(|scheduler| scheduler.choice().to_string());
     let size = pipeline::default_size(&folder);
+    let defaults = match source {
+        ModelSource::Folder(_) | ModelSource::BuiltIn => folder.defaults()?,
+        // A command line that names one of these is read without them.
+        ModelSource::Hub(_) | ModelSource::File(_) => Map::new(),
+    };
     let field = |name: &str| scheduler_config.get(name).and_then(Value::as_str);
     let (class, prediction) = (field("_class_name"), field("prediction_type"));
     let mut text = format!("{source}: a model in {}\n", folder.layout());
@@ -335,6 +341,10 @@ fn model(job: &InfoJob, source: &ModelSource) -> Result<Found> {
     let named = scheduler.as_ref().map_or("none of tiny-sd's", |name| name.as_str());
     let shown = format!("{named} ({}), {}", class.unwrap_or("?"), prediction.unwrap_or("epsilon"));
     line(&mut text, "scheduler", shown);
+    if !defaults.is_empty() {
+        let flag = |(name, value): (&String, &Value)| format!("--{name} {}", typed(value));
+        line(&mut text, "defaults", defaults.iter().map(flag).collect::<Vec<_>>().join(", "));
+    }
     match &size {
         Ok(size) => line(&mut text, "image size", size),
         Err(error) => line(&mut text, "not covered", error),
@@ -351,6 +361,7 @@ fn model(job: &InfoJob, source: &ModelSource) -> Result<Found> {
         "scheduler": scheduler.ok(),
         "scheduler_class": class,
         "prediction_type": prediction,
+        "defaults": defaults,
         "width": size.as_ref().ok().map(|size| size.width),
         "height": size.as_ref().ok().map(|size| size.height),
         "not_covered": size.as_ref().err().map(ToString::to_string),
@@ -450,47 +461,4 @@ fn merge(json: &mut Value, more: Value) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cli::job::tests::{Fake, parse_words};
-    use crate::error::Kind;
-
-    #[test]
-    fn info_takes_a_file_a_folder_or_a_repository_and_nothing_else() {
-        let there = vec![("a.png", At::File), ("dir", At::Folder), ("pipe", At::Device)];
-        let mut fake = Fake { there, ..Fake::default() };
-        for (words, expected) in [
-            ("info|a.png", Ok(Subject::File("a.png".into()))),
-            ("info|pipe|--json", Ok(Subject::File("pipe".into()))),
-            ("info|dir", Ok(Subject::Model(ModelSource::Folder("dir".into())))),
-            ("info|org/name", Ok(Subject::Model(ModelSource::Hub("org/name".into())))),
-            ("info|b.png", Err("b.png: there is no such file or folder, and no such model")),
-            ("info|./org/name", Err("there is no such file")),
-            ("info", Err("<PICTURE|MODEL>")),
-            ("info|a|b", Err("unexpected argument 'b'")),
-            ("inof", Err("did you mean \"tiny-sd info\"?")),
-        ] {
-            match (parse_words(words, &mut fake), expected) {
-                (Ok(Request::Tell(job)), Ok(expected)) => {
-                    assert_eq!(job.what, expected, "{words}");
-                    assert_eq!(job.is_json, words.contains("--json"), "{words}");
-                }
-                (Err(error), Err(expected)) => {
-                    assert_eq!(error.kind(), Kind::Usage, "{error}");
-                    assert!(error.to_string().contains(expected), "{words}: {error}");
-                }
-                (found, _) => panic!("{words}: {found:?}"),
-            }
-        }
-    }
-
-    #[test]
-    fn what_would_steer_a_terminal_is_shown_instead() {
-        let mut text = String::new();
-        line(&mut text, "prompt", "a\n\u{1b}[2J é");
-        assert_eq!(text, "prompt           a\\n\\u{1b}[2J é\n");
-        let mut text = String::new();
-        line(&mut text, "a\u{202e}b", "x\u{202e}gnp\u{2066}\u{200f}\u{2028}y");
-        assert_eq!(text, "a b              x\\u{202e}gnp\\u{2066}\\u{200f}\\u{2028}y\n");
-    }
-}
+mod tests;

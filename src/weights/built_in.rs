@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::choice::Component;
 use super::model::WeightFile;
-use super::{Checkpoint, json, names, safetensors};
+use super::{Checkpoint, defaults, json, names, safetensors};
 use crate::backend::host::SharedBytes;
 use crate::error::{Error, Result};
 
@@ -39,8 +39,8 @@ const FILES: [(&str, &[u8]); 11] = files![
 ///
 /// # Errors
 /// Never, as a test has it.
-pub fn defaults() -> Result<Value> {
-    config("defaults.json")
+pub fn defaults() -> Result<Map<String, Value>> {
+    defaults::parse(text(defaults::FILE)?).map_err(|error| error.context(defaults::FILE))
 }
 
 /// One of its files of JSON, such as `unet/config.json`.
@@ -111,7 +111,7 @@ mod tests {
             assert!(!checkpoint(component).unwrap().is_empty());
             config(component.config_file()).unwrap();
         }
-        assert!(defaults().unwrap().is_object());
+        assert_eq!(defaults().unwrap().len(), 2);
         assert_eq!(tokenizer_files().count(), 3);
     }
 }

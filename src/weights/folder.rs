@@ -4,10 +4,10 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::choice::{Choice, Component, Variant, choose, config_files};
-use super::{Checkpoint, json, names};
+use super::{Checkpoint, defaults, json, names};
 use crate::error::{Error, Result};
 
 /// A folder that has the configuration of every component. Weights are looked for when they are
@@ -95,6 +95,19 @@ impl ModelFolder {
     /// If it cannot be read or is not JSON.
     pub fn scheduler_config(&self) -> Result<Value> {
         json::read(&self.file("scheduler/scheduler_config.json"))
+    }
+
+    /// What its [`defaults`] say; nothing where it has none.
+    ///
+    /// # Errors
+    /// If they cannot be read or are none.
+    pub fn defaults(&self) -> Result<Map<String, Value>> {
+        if !self.has(defaults::FILE) {
+            return Ok(Map::new());
+        }
+        let path = self.file(defaults::FILE);
+        let text = json::read_text(&path)?;
+        defaults::parse(&text).map_err(|error| error.context(path.display()))
     }
 
     /// The folder of the tokenizer's files.

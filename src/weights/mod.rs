@@ -26,6 +26,7 @@ use crate::error::{Error, Result};
 pub mod built_in;
 mod bytes;
 mod choice;
+pub mod defaults;
 mod embedding;
 mod folder;
 pub mod hub;

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::choice::{Component, Variant};
 use super::folder::ModelFolder;
@@ -123,6 +123,18 @@ impl Model {
             Base::Folder(folder) => folder.scheduler_config(),
             Base::File(file) => file.scheduler_config(),
             Base::BuiltIn => built_in::config("scheduler/scheduler_config.json"),
+        }
+    }
+
+    /// What flags are where they are not given, by the flags' names.
+    ///
+    /// # Errors
+    /// If they cannot be read or are none.
+    pub fn defaults(&self) -> Result<Map<String, Value>> {
+        match &self.base {
+            Base::Folder(folder) => folder.defaults(),
+            Base::File(_) => Ok(Map::new()),
+            Base::BuiltIn => built_in::defaults(),
         }
     }
 

@@ -270,6 +270,24 @@ fn its_steps_are_defaults_that_flags_and_the_file_of_defaults_change() {
 }
 
 #[test]
+fn its_defaults_are_those_of_its_folder_too_and_info_says_them() {
+    let folder = TempDir::new().unwrap();
+    let on_disk = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    for model in ["demo", on_disk.to_str().unwrap()] {
+        let (text, _) = ends_with(0, &run(folder.path(), &["info", model]));
+        let line = "\ndefaults         --guidance-scale 3.0, --steps 20\n";
+        assert!(text.contains(line), "{text}");
+        let found = json(folder.path(), &["info", model, "--json"], 0);
+        assert_eq!(found["defaults"], json!({"guidance-scale": 3.0, "steps": 20}), "{model}");
+        let words = ["explain", "a boy", "-m", model, "--json"];
+        assert_eq!(json(folder.path(), &words, 0)["steps"], 20, "{model}");
+    }
+    let tiny = fixtures().join("models/tiny");
+    let (text, _) = ends_with(0, &run(folder.path(), &["info", tiny.to_str().unwrap()]));
+    assert!(!text.contains("defaults"), "{text}");
+}
+
+#[test]
 fn who_cannot_have_a_model_is_told_of_the_built_in_one_on_the_same_line() {
     let folder = TempDir::new().unwrap();
     let (_, stderr) = ends_with(3, &run(folder.path(), &["a boy", "-m", "org/name"]));

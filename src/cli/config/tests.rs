@@ -48,6 +48,43 @@ fn the_file_is_what_flags_are_that_are_not_given() {
     }
 }
 
+/// With a model in the folder `m` that has these defaults, and perhaps a file of the user's.
+fn fake_model(defaults: &str, file: Option<&str>) -> Fake {
+    const MODEL: &str = "./m/defaults.json";
+    let mut fake = file.map_or_else(Fake::default, |text| fake(text, &[]));
+    fake.there.push((MODEL, At::File));
+    fake.files.push((MODEL, defaults.into()));
+    fake
+}
+
+#[test]
+fn a_model_says_what_flags_are_that_nobody_gives() {
+    let defaults = r#"{"steps": 20, "guidance-scale": 3.0, "scheduler": "ddim", "seed": 5}"#;
+    for (words, file, flags) in [
+        ("x|-m|./m", None, "x|-m|./m|--steps|20|-g|3|--scheduler|ddim"),
+        ("x|-m|./m|--steps|9|-g|1", None, "x|-m|./m|--steps|9|-g|1|--scheduler|ddim"),
+        ("x|-m|./m", Some("steps = 30"), "x|-m|./m|--steps|30|-g|3|--scheduler|ddim"),
+        ("x", Some("model = \"./m\""), "x|-m|./m|--steps|20|-g|3|--scheduler|ddim"),
+        ("x|-m|./other", None, "x|-m|./other"),
+        ("x|-m|org/name", None, "x|-m|org/name"),
+    ] {
+        let mut fake = fake_model(defaults, file);
+        assert_eq!(job_with(words, &mut fake), job_of(flags), "{words} {file:?}");
+    }
+    for (defaults, expected) in [
+        ("{\"steps\": 0}", "invalid value '0' for '--steps <N>': a whole number, 1 to 1000"),
+        ("{\"steps\": {}}", "steps is neither a number nor a text"),
+        ("[20]", "it is no JSON object"),
+        ("{", "line 1: "),
+    ] {
+        let error = parse_words("x|-m|./m", &mut fake_model(defaults, None)).unwrap_err();
+        let (kind, message) = (error.kind(), error.to_string());
+        let expected = format!("./m/defaults.json: {expected}");
+        assert!(message.starts_with(&expected) && !message.contains('\n'), "{message}");
+        assert_eq!(kind, crate::error::Kind::Model, "{message}");
+    }
+}
+
 #[test]
 fn a_wrong_file_is_one_line_that_names_it_the_line_and_the_nearest_name() {
     for (text, expected) in [
