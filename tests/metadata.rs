@@ -175,6 +175,15 @@ fn from_makes_the_same_picture_and_flags_that_are_given_win() {
 
 /// The picture with other pixels and the same texts.
 fn edited(path: &Path, edit: impl FnOnce(Picture) -> Picture) -> Vec<u8> {
+    rewritten(path, edit, |record| record)
+}
+
+/// The picture with other pixels and another record.
+fn rewritten(
+    path: &Path,
+    edit: impl FnOnce(Picture) -> Picture,
+    record_anew: impl FnOnce(String) -> String,
+) -> Vec<u8> {
     let file = fs::read(path).unwrap();
     let record = PictureTexts::read(&file).unwrap().record.unwrap();
     let parameters = Parameters {
@@ -190,7 +199,29 @@ fn edited(path: &Path, edit: impl FnOnce(Picture) -> Picture) -> Vec<u8> {
         clip_skip: 0,
         denoising_strength: None,
     };
-    edit(Picture::from_opaque_file(&file).unwrap()).to_png(&parameters, &record).unwrap()
+    let picture = edit(Picture::from_opaque_file(&file).unwrap());
+    picture.to_png(&parameters, &record_anew(record)).unwrap()
+}
+
+#[test]
+fn a_newer_record_is_read_and_both_numbers_are_named_on_one_line() {
+    let folder = fox();
+    let newer = |record: String| record.replacen("\"schema\":1,", "\"schema\":9,", 1);
+    let file = rewritten(&folder.path().join("fox.png"), |picture| picture, newer);
+    fs::write(folder.path().join("newer.png"), file).unwrap();
+    for words in [
+        &["info", "newer.png"][..],
+        &["verify", "newer.png"],
+        &["explain", "--from", "newer.png"],
+        &["--from", "newer.png", "-o", "again.png"],
+    ] {
+        let (_, stderr) = ends_with(0, &run(folder.path(), words));
+        let is_warning = |line: &&str| line.starts_with("warning: ");
+        let warnings: Vec<_> = stderr.lines().filter(is_warning).collect();
+        let expected = "warning: newer.png: its record is of schema 9, and this tiny-sd reads 1: \
+                        what it says may mean something else";
+        assert_eq!(warnings, [expected], "{words:?}: {stderr}");
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use clap::parser::ValueSource;
 use super::args::Args;
 use super::inputs::{Inputs, read_picture};
 use super::model::ModelSource;
-use super::settings::{FileRecord, ModelRecord, Settings};
+use super::settings::{FileRecord, ModelRecord, Settings, newer_schema};
 use super::surroundings::Surroundings;
 use crate::error::{Error, Result};
 use crate::image::{Infotext, PictureTexts};
@@ -77,7 +77,10 @@ fn fill_in_from(
         (Some(record), _) => {
             let settings = Settings::from_json(record)?;
             filling.take_record(&settings)?;
-            Ok(Inputs::new(surroundings).changed(&settings, is_given))
+            let newer = newer_schema(settings.schema);
+            let newer = newer.map(|note| format!("{}: {note}", path.display()));
+            let changed = Inputs::new(surroundings).changed(&settings, is_given);
+            Ok(newer.into_iter().chain(changed).collect())
         }
         (None, Some(text)) if !text.trim().is_empty() => {
             let found = Infotext::parse(text);

@@ -18,12 +18,13 @@ use super::interrupt;
 use super::job::Request;
 use super::model::{HubName, ModelSource};
 use super::painter::{self, Wanted};
-use super::settings::{FileRecord, Settings};
+use super::settings::{FileRecord, Settings, newer_schema};
 use super::surroundings::{At, Process, Surroundings};
 use super::values::Verbosity;
 use crate::error::{Error, Result};
 use crate::image::{FileFormat, Infotext, PictureTexts};
 use crate::pipeline;
+use crate::progress::{Event, Progress};
 use crate::schedule::SchedulerConfig;
 use crate::weights::defaults::typed;
 use crate::weights::{Checkpoint, Component, Format, Model, SingleFile, Variant, built_in};
@@ -190,6 +191,7 @@ fn picture(path: &Path) -> Result<Found> {
     let texts = PictureTexts::read(&read_picture(path, &Process)?)?;
     let (name, size) = (path.display().to_string(), texts.size);
     if let Some(grid) = texts.record.as_deref().and_then(GridRecord::read) {
+        warn_of_newer(&name, grid.schema());
         let mut text = format!("{name}: {size}, a grid\n");
         grid.say(&mut text);
         let (width, height) = (size.width, size.height);
@@ -199,6 +201,7 @@ fn picture(path: &Path) -> Result<Found> {
         return Ok(Found { text, json });
     }
     let record = texts.record.as_deref().map(Settings::from_json).transpose()?;
+    record.iter().for_each(|record| warn_of_newer(&name, record.schema));
     let infotext = texts.parameters.as_deref().map(Infotext::parse);
     let mut text = format!("{name}: {size}\n");
     match (&record, &infotext) {
@@ -226,6 +229,14 @@ fn picture(path: &Path) -> Result<Found> {
         "settings": settings,
     });
     Ok(Found { text, json })
+}
+
+/// Says on standard error, beside the product, that a record is of a later version.
+fn warn_of_newer(name: &str, schema: u32) {
+    if let Some(note) = newer_schema(schema) {
+        let note = format!("{name}: {note}");
+        Display::new(Verbosity::Normal).report(Event::Warning(&note));
+    }
 }
 
 /// A name and a value; what steers a terminal is shown and not done.

@@ -17,6 +17,17 @@ use crate::pipeline::{PIPELINE_VERSION, PromptSyntax};
 /// those that they do not know; one that changes its meaning gives another version.
 pub const SCHEMA_VERSION: u32 = 1;
 
+/// What is to be said of a record of a later version than this program's: its fields are read as
+/// if they meant what they mean here. Nothing of others.
+pub(super) fn newer_schema(schema: u32) -> Option<String> {
+    (schema > SCHEMA_VERSION).then(|| {
+        format!(
+            "its record is of schema {schema}, and this tiny-sd reads {SCHEMA_VERSION}: what it \
+             says may mean something else"
+        )
+    })
+}
+
 /// Longest record that is read, in bytes: two prompts, escaped, fit.
 pub const MAX_RECORD_BYTES: usize = 1 << 20;
 

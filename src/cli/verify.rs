@@ -19,12 +19,13 @@ use super::interrupt;
 use super::job::{self, Job, Request};
 use super::paint::picture_request;
 use super::run::OpenPainter;
-use super::settings::{FileRecord, Settings};
+use super::settings::{FileRecord, Settings, newer_schema};
 use super::surroundings::Surroundings;
 use super::values::Verbosity;
 use crate::backend::cpu;
 use crate::error::{Error, Result};
 use crate::image::{FileFormat, ImageSize, JPEG_QUALITY, Picture, PictureTexts};
+use crate::progress::{Event, Progress};
 
 /// What is compared by hashes of which people see the beginning.
 const HASHES: [&str; 5] = ["image", "mask", "encoder", "weights", "configuration"];
@@ -145,7 +146,8 @@ pub(super) fn parse(
         (false, true) => Verbosity::Verbose,
         (false, false) => Verbosity::Normal,
     };
-    let job = Job { verbosity, ..job };
+    let notes = newer_schema(recorded.schema).map(|note| format!("{}: {note}", path.display()));
+    let job = Job { verbosity, notes: notes.into_iter().collect(), ..job };
     Ok(Request::Verify(Box::new(VerifyJob { path, pixels, format, recorded, job, is_json })))
 }
 
@@ -158,6 +160,7 @@ pub fn verify(verify: &VerifyJob, open: &mut OpenPainter<'_>) -> Result<ExitCode
     interrupt::install(job.verbosity == Verbosity::Quiet)?;
     cpu::check_kernel_path()?;
     let display = Display::new(job.verbosity);
+    job.notes.iter().for_each(|note| display.report(Event::Warning(note)));
     let mut painter = open(job, &display)?;
     display.begin(format!("seed {}", job.seed));
     let size = job.picture_size(painter.default_size());

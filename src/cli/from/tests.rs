@@ -82,6 +82,20 @@ fn a_record_becomes_the_job_it_was_and_flags_that_are_given_win() {
 }
 
 #[test]
+fn a_newer_record_is_taken_with_a_word_of_warning() {
+    let job = |schema| {
+        let record = Settings { schema, ..settings() };
+        from(with_record(&record.to_json()), "").unwrap()
+    };
+    let (own, newer) = (job(1), job(7));
+    assert_eq!(own.notes, [""; 0]);
+    let note = "x.png: its record is of schema 7, and this tiny-sd reads 1: what it says may mean \
+                something else";
+    assert_eq!(newer.notes, [note]);
+    assert_eq!(Job { notes: Vec::new(), ..newer }, own);
+}
+
+#[test]
 fn layers_to_leave_out_that_nobody_writes_are_refused() {
     let text = |skip: &str| with_text(&format!("a\nSteps: 2, Seed: 1, Clip skip: {skip}"));
     for skip in ["-1", "0", "1"] {

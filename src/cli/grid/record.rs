@@ -74,6 +74,11 @@ impl GridRecord {
         })
     }
 
+    /// Version of the fields of who wrote it.
+    pub fn schema(&self) -> u32 {
+        self.schema
+    }
+
     /// What determines the sheet, as [`Settings::key`] is of a picture.
     pub fn key(&self) -> String {
         let mut hasher = blake3::Hasher::new();
@@ -146,6 +151,8 @@ mod tests {
         let record = record();
         let json = record.to_json().unwrap();
         assert_eq!(GridRecord::read(&json), Some(record.clone()));
+        let newer = json.replacen("\"schema\":1", "\"schema\":2", 1);
+        assert_eq!(GridRecord::read(&newer).map(|record| record.schema()), Some(2));
         let mut text = String::new();
         record.say(&mut text);
         for expected in [
