@@ -306,6 +306,41 @@ fn what_a_model_cannot_do_is_said_before_its_weights_are_read() {
 }
 
 #[test]
+fn what_is_no_picture_to_begin_with_is_a_wrong_command_line_however_late_it_shows() {
+    let folder = folder();
+    let write = |name: &str, bytes: &[u8]| fs::write(folder.path().join(name), bytes).unwrap();
+    let whole = fs::read(goldens().join("picture.png")).unwrap();
+    write("empty.png", b"");
+    write("text.png", b"no picture");
+    write("header.png", &whole[..20]);
+    // What it says of itself is whole.
+    write("cut.png", &whole[..900]);
+    for (file, expected) in [
+        ("none.png", "there is no such file"),
+        (".", "it is a folder, not a picture"),
+        ("empty.png", "it is no PNG, JPEG or WebP"),
+        ("text.png", "it is no PNG, JPEG or WebP"),
+        ("header.png", "the PNG cannot be read: "),
+        ("cut.png", "the PNG cannot be read: "),
+    ] {
+        for (flag, words) in [
+            ("--image", &["x", "--image", file][..]),
+            ("--mask", &["x", "--image", "picture.png", "--mask", file]),
+        ] {
+            let (stdout, stderr) = ends_with(2, &run(folder.path(), words));
+            let expected = format!("error: {flag} {file}: {expected}");
+            assert!(stderr.starts_with(&expected), "{words:?}: {stderr}");
+            assert_eq!((stdout.as_str(), stderr.lines().count()), ("", 1), "{words:?}: {stderr}");
+        }
+    }
+    // In a batch it is one picture's error, by the same code.
+    write("jobs.jsonl", b"{\"prompt\":\"a\",\"seed\":1,\"image\":\"cut.png\"}");
+    let words = ["batch", "jobs.jsonl", "--out-dir", "out", "--steps", "2", "-q"];
+    let (stdout, _) = ends_with(6, &run(folder.path(), &words));
+    assert!(stdout.contains("\"event\":\"error\"") && stdout.contains("\"code\":2,"), "{stdout}");
+}
+
+#[test]
 fn a_remote_device_replays_an_inpainting_unet() -> Result<()> {
     use super::protocol::Worker;
     use tiny_sd::remote::storage::Storage;

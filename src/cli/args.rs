@@ -424,7 +424,7 @@ Environment:
 Exit codes:
   0    the pictures are written
   1    anything that is not below, such as an output that cannot be written
-  2    a wrong command line
+  2    a wrong command line, or what it names for --image or --mask is no picture
   3    a model or its weights
   4    a remote device or the way to it
   130  interrupted; no partial file is left";

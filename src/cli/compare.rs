@@ -58,7 +58,7 @@ Examples:
 Exit codes:
   0    no op differs
   1    an op differs, and standard output names it; or anything that is not below
-  2    a wrong command line
+  2    a wrong command line, or what it names for --image or --mask is no picture
   3    a model or its weights
   4    a remote device or the way to it
   130  interrupted";

@@ -51,7 +51,7 @@ Examples:
 Exit codes:
   0    it is said
   1    a file that cannot be read
-  2    a wrong command line
+  2    a wrong command line, or what it names for --image or --mask is no picture
   3    a model or its files";
 
 /// What is to be explained.

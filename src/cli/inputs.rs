@@ -171,13 +171,16 @@ impl ImageRequest {
     /// The pictures, made as large as `size`.
     ///
     /// # Errors
-    /// If one cannot be read, or is no longer what it was.
+    /// A usage error if one is no picture; another if it is no longer what it was.
     pub(super) fn load(&self, size: ImageSize) -> Result<LoadedImages> {
         let read = |flag: &str, file: &InputFile| {
             let read = || {
                 let bytes = read_picture(&file.path, &Process)?;
                 match *blake3::hash(&bytes).to_hex() == *file.hash {
-                    true => Picture::from_file(&bytes),
+                    // As wrong a request as a file that is none: only its pixels tell later.
+                    true => {
+                        Picture::from_file(&bytes).map_err(|error| Error::usage(error.to_string()))
+                    }
                     false => Err(Error::other("it has changed since this run began")),
                 }
             };
@@ -214,6 +217,7 @@ mod tests {
     use super::super::job::tests::{Fake, parse_words};
     use super::super::surroundings::At;
     use crate::cli::Request;
+    use crate::error::Kind;
     use crate::image::{ImageSize, Picture};
 
     fn fake() -> Fake {
@@ -264,8 +268,10 @@ mod tests {
             ("--image|boat.png|--mask|text.png", "--mask text.png: it is no PNG"),
             ("--image|dot.png", "--image dot.png has 9x7 pixels: give --width and --height, from"),
         ] {
-            let error = parse_words(&format!("x|{words}"), &mut fake()).unwrap_err().to_string();
+            let error = parse_words(&format!("x|{words}"), &mut fake()).unwrap_err();
+            let (kind, error) = (error.kind(), error.to_string());
             assert!(error.contains(expected) && !error.contains('\n'), "{words}: {error}");
+            assert_eq!(kind, Kind::Usage, "{words}: {error}");
         }
     }
 
