@@ -1,6 +1,7 @@
 //! What is in the cache of models, and whether it can be used. Separate because it judges files by
 //! what a run would need of them.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::time::SystemTime;
 
@@ -66,8 +67,9 @@ impl State {
         let lacks = |component: &Component| !has_weights(&folder, *component);
         let lacking: Vec<_> = Component::ALL.into_iter().filter(lacks).collect();
         if !lacking.is_empty() {
-            let names: Vec<_> = lacking.into_iter().map(Component::folder).collect();
-            return Self::Incomplete(format!("lacks the weights of {}", names.join(", ")));
+            let named = |component: Component| (component, component.folder());
+            let lacking: Vec<_> = lacking.into_iter().map(named).collect();
+            return Self::Incomplete(why_lacking(&folder, &lacking, &revision.files));
         }
         match pipeline::default_size(&Model::from(folder)) {
             Ok(_) => Self::Complete,
@@ -78,7 +80,10 @@ impl State {
     fn of_vae(revision: &CachedRevision) -> Self {
         match ModelFolder::vae(&revision.snapshot) {
             Ok(folder) if has_weights(&folder, Component::Vae) => Self::Vae,
-            Ok(_) => Self::Incomplete("lacks the weights of the VAE".into()),
+            Ok(folder) => {
+                let lacking = [(Component::Vae, "the VAE")];
+                Self::Incomplete(why_lacking(&folder, &lacking, &revision.files))
+            }
             Err(error) => Self::Incomplete(error.to_string()),
         }
     }
@@ -125,6 +130,40 @@ fn has_weights(folder: &ModelFolder, component: Component) -> bool {
     let known = ["fp16", "bf16"].map(|name| Variant::parse(name).ok());
     let mut variants = std::iter::once(None).chain(known);
     variants.any(|variant| folder.weight_files(component, variant.as_ref()).is_ok())
+}
+
+/// Why a run would not find the weights of components, each with its name: there are none, or only
+/// such as it has to be told of.
+fn why_lacking(folder: &ModelFolder, components: &[(Component, &str)], files: &[String]) -> String {
+    let (mut missing, mut others) = (Vec::new(), Vec::new());
+    for (component, name) in components {
+        let found = variants(folder, *component, files);
+        match found.is_empty() {
+            true => missing.push((*name).to_owned()),
+            false => others.push(format!("{name} as {}", found.join(", "))),
+        }
+    }
+    let mut reasons = Vec::new();
+    if !missing.is_empty() {
+        reasons.push(format!("lacks the weights of {}", missing.join(", ")));
+    }
+    if !others.is_empty() {
+        reasons.push(format!("has the weights of {} only (--variant)", others.join(", of ")));
+    }
+    reasons.join(", and ")
+}
+
+/// The variants of a component's weights: words in the names of files by which a run finds some.
+fn variants(folder: &ModelFolder, component: Component, files: &[String]) -> Vec<String> {
+    // `int8-00001-of-00002` is a part of one.
+    let is_whole = |word: &&str| !word.contains("-of-");
+    let words = files.iter().flat_map(|file| file.split(['/', '.'])).filter(is_whole);
+    let words: BTreeSet<&str> = words.collect();
+    let is_one = |word: &&str| {
+        let variant = Variant::parse(word).ok();
+        variant.is_some_and(|variant| folder.weight_files(component, Some(&variant)).is_ok())
+    };
+    words.into_iter().filter(is_one).map(str::to_owned).collect()
 }
 
 /// Whether a revision is another program's.
@@ -326,6 +365,41 @@ mod tests {
         let row = row(&with(&strange, &weights)).unwrap();
         assert_eq!(row.json()["revisions"][0]["state"], "not covered", "{}", row.json());
         assert!(row.shown().contains("class_embed_type"), "{}", row.shown());
+    }
+
+    #[test]
+    fn weights_that_a_run_takes_only_when_told_are_named_by_their_variants() {
+        const INT8: &str = "unet/diffusion_pytorch_model.int8.safetensors";
+        const EMA: &str = "unet/diffusion_pytorch_model.non_ema.bin";
+        const SHARD: &str = "unet/diffusion_pytorch_model.int8-00001-of-00002.safetensors";
+        const VAE: &str = "vae/diffusion_pytorch_model.safetensors";
+        let whole = configs("");
+        for (names, expected) in [
+            (&[INT8, VAE][..], "has the weights of unet as int8 only (--variant)"),
+            (&[INT8, EMA, VAE], "has the weights of unet as int8, non_ema only (--variant)"),
+            (
+                &[INT8],
+                "lacks the weights of vae, and has the weights of unet as int8 only (--variant)",
+            ),
+            (
+                &[INT8, "vae/diffusion_pytorch_model.int8.bin"],
+                "has the weights of unet as int8, of vae as int8 only (--variant)",
+            ),
+            (&[SHARD, VAE], "lacks the weights of unet"),
+        ] {
+            let mut files = vec![("text_encoder/model.safetensors", "x")];
+            files.extend(names.iter().map(|name| (*name, "x")));
+            let row = row(&with(&whole, &files)).unwrap();
+            assert_eq!(row.shown(), format!("main (01234567): {expected}"), "{names:?}");
+            assert_eq!(row.json()["revisions"][0]["state"], "incomplete", "{names:?}");
+        }
+        let config = ("config.json", r#"{"_class_name": "AutoencoderTiny"}"#);
+        let weights = ("diffusion_pytorch_model.int8.safetensors", "x");
+        let shown = shown(&[config, weights]).unwrap();
+        assert!(
+            shown.ends_with("has the weights of the VAE as int8 only (--variant)\n"),
+            "{shown}"
+        );
     }
 
     #[test]
