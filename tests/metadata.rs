@@ -204,6 +204,26 @@ fn rewritten(
 }
 
 #[test]
+fn a_picture_made_in_little_memory_says_so_and_is_made_again_so() {
+    let folder = fox();
+    let words = ["a fox", "-s", "1", "--steps", "2", "--low-memory", "-o", "small.png"];
+    ends_with(0, &run(folder.path(), &words));
+    let (text, _) = ends_with(0, &run(folder.path(), &["info", "small.png"]));
+    assert!(text.contains("\nlow memory       yes\n"), "{text}");
+    let (answer, _) = ends_with(0, &run(folder.path(), &["verify", "-q", "small.png"]));
+    assert_eq!(answer, "small.png: bit-exact\n");
+    ends_with(0, &run(folder.path(), &["--from", "small.png", "-o", "again.png"]));
+    let again = json(folder.path(), &["info", "again.png", "--json"], 0);
+    assert_eq!(again["record"]["low_memory"], true);
+    let fox = json(folder.path(), &["info", "fox.png", "--json"], 0);
+    assert_eq!(fox["record"].get("low_memory"), None);
+    // Whether or not it rounds so that a pixel differs.
+    let output = run(folder.path(), &["verify", "-q", "fox.png", "--low-memory"]);
+    let answer = String::from_utf8(output.stdout).unwrap();
+    assert!(answer.ends_with("; low memory: no is recorded, yes is here\n"), "{answer}");
+}
+
+#[test]
 fn a_newer_record_is_read_and_both_numbers_are_named_on_one_line() {
     let folder = fox();
     let newer = |record: String| record.replacen("\"schema\":1,", "\"schema\":9,", 1);

@@ -127,6 +127,8 @@ impl Filling<'_> {
         if !(self.is_given)("vae_tiling") {
             self.args.model.vae_tiling = settings.vae_tiling;
         }
+        // Whoever has it as a default keeps it: memory is scarce here.
+        self.args.model.low_memory |= settings.low_memory;
         let is_its_model = self.take_model(&settings.model)?;
         if !(self.is_given)("scheduler") {
             // The model's own stays the model's own.

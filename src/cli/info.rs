@@ -290,6 +290,9 @@ pub(super) fn record_lines(record: &Settings, text: &mut String) {
     if record.vae_tiling {
         line(text, "vae tiling", "yes");
     }
+    if record.low_memory {
+        line(text, "low memory", "yes");
+    }
     line(text, "model", &model.source);
     for (name, value) in [
         ("revision", &model.revision),

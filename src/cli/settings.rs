@@ -83,6 +83,9 @@ pub struct Settings {
     /// Whether its latents were to be decoded in tiles.
     #[serde(default, skip_serializing_if = "is_false")]
     pub vae_tiling: bool,
+    /// Whether `--low-memory` was given: CPUs of this machine then have other kernels.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub low_memory: bool,
     /// The model.
     pub model: ModelRecord,
     /// Embeddings and LoRAs.
@@ -194,6 +197,7 @@ impl Settings {
             resolved_scheduler: scheduler.unwrap_or(provenance.scheduler),
             dtype: provenance.dtype,
             vae_tiling: job.vae_tiling,
+            low_memory: job.low_memory,
             model: ModelRecord {
                 source: job.model.recorded(),
                 revision: job.revision.as_ref().map(|name| name.as_str().into()),
@@ -220,9 +224,8 @@ impl Settings {
     ///
     /// Not in it: what only names these things (`prompt`, `scheduler`, the model's `source`,
     /// `revision`, `variant`, `config` and `vae`, where images were), who wrote it (`schema`,
-    /// `version`), and where it was made (`device`, `kernel_path`, and `--low-memory`, which
-    /// records lack): where the kernels are the same, so are the pictures, and else they differ
-    /// by rounding.
+    /// `version`), and where it was made (`device`, `kernel_path`, `low_memory`): where the kernels
+    /// are the same, so are the pictures, and else they differ by rounding.
     pub fn key(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         let mut add = |name: &str, value: &[u8]| {
@@ -461,6 +464,7 @@ pub(super) mod tests {
                 |s| s.model.vae_hash = Some("ef".into()),
                 |s| s.device = "mock".into(),
                 |s| s.kernel_path = None,
+                |s| s.low_memory = true,
             ],
             false,
         );

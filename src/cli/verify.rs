@@ -66,9 +66,9 @@ const AFTER_HELP: &str = "\
 Model, revision, variant and dtype are the record's unless they are given. The answer is one line on
 standard output: bit-exact, or how near the pixels are (PSNR in dB, more is nearer), and then what
 is not as recorded: image, mask, weights, configuration, version, pipeline, scheduler, dtype,
-device, kernels. Other kernels or another kind of device round in other ways, which leaves 50 dB or
-more. A picture that was made of others needs those where its record says. A JPEG is compared with
-the JPEG that the picture made here becomes, so it can be bit-exact as well.
+device, kernels, low memory. Other kernels or another kind of device round in other ways, which
+leaves 50 dB or more. A picture that was made of others needs those where its record says. A JPEG is
+compared with the JPEG that the picture made here becomes, so it can be bit-exact as well.
 
 Examples:
   tiny-sd verify out.png
@@ -222,6 +222,7 @@ impl Answer<'_> {
                 ("dtype", dtype.clone()),
                 ("device", device.clone()),
                 ("kernels", settings.kernel_path.clone().unwrap_or_default()),
+                ("low memory", if settings.low_memory { "yes" } else { "no" }.into()),
             ]
         };
         let pairs = fields(self.recorded).into_iter().zip(fields(&self.here));
@@ -321,6 +322,11 @@ mod tests {
         );
         // A worker that does not name its kernels may have the same.
         check(answer(exact, |here| here.kernel_path = None), "a.png: bit-exact", true);
+        check(
+            answer(Some(61.0), |here| here.low_memory = true),
+            "a.png: differs, 61.00 dB; low memory: no is recorded, yes is here",
+            false,
+        );
         check(
             answer(Some(61.256), |here| {
                 here.kernel_path = Some("avx2".into());

@@ -82,6 +82,24 @@ fn a_record_becomes_the_job_it_was_and_flags_that_are_given_win() {
 }
 
 #[test]
+fn little_memory_is_taken_from_a_record_and_never_away() {
+    let file = |low_memory| with_record(&Settings { low_memory, ..settings() }.to_json());
+    let check = |low_memory, words: &str, expected: bool| {
+        let found = from(file(low_memory), words).unwrap();
+        assert_eq!(found.low_memory, expected, "{low_memory} {words}");
+    };
+    check(false, "", false);
+    check(false, "|--low-memory", true);
+    check(true, "", true);
+    let there = vec![("x.png", At::File)];
+    let files = vec![("x.png", file(false)), ("c", b"low-memory = true".to_vec())];
+    let variables = vec![("TINY_SD_CONFIG", "c")];
+    let mut fake = Fake { there, files, variables, ..Fake::default() };
+    let Ok(Request::Paint(job)) = parse_words("--from|x.png", &mut fake) else { panic!("a job") };
+    assert!(job.low_memory);
+}
+
+#[test]
 fn a_newer_record_is_taken_with_a_word_of_warning() {
     let job = |schema| {
         let record = Settings { schema, ..settings() };
