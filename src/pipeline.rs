@@ -128,9 +128,10 @@ impl<T: Backend, U: Backend, V: Backend> Pipeline<T, U, V> {
         loading::trained_size(&self.unet.config, self.vae.scale_factor())
     }
 
-    /// The scheduler that pictures are made with where a request names no other.
-    pub fn scheduler_choice(&self) -> SchedulerChoice {
-        self.scheduler.choice()
+    /// The scheduler that pictures are made with whose request names this one, or none, and how
+    /// its sigmas are spaced: where the name does not say, the model does.
+    pub fn scheduler_choice(&self, named: Option<SchedulerChoice>) -> SchedulerChoice {
+        named.map_or(self.scheduler.choice(), |named| self.scheduler_config.in_force(named))
     }
 
     /// Makes a picture.

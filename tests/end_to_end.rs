@@ -417,6 +417,46 @@ fn a_request_that_cannot_be_is_one_line_before_anything_is_loaded() {
     }
 }
 
+#[test]
+fn a_scheduler_named_without_sigmas_is_recorded_with_those_of_the_model() {
+    let copy = broken("tiny", &|at| {
+        let path = at.join("scheduler/scheduler_config.json");
+        let text = fs::read_to_string(&path).unwrap();
+        let (plain, karras) = ("\"use_karras_sigmas\": false", "\"use_karras_sigmas\": true");
+        assert!(text.contains(plain));
+        fs::write(path, text.replace(plain, karras)).unwrap();
+    });
+    let (folder, model) = (TempDir::new().unwrap(), copy.path().to_str().unwrap());
+    for (asked, used, part) in [
+        (Some("euler"), "euler-karras", "Sampler: Euler, Schedule type: Karras, CFG scale:"),
+        (Some("euler-beta"), "euler-beta", "Sampler: Euler, Schedule type: Beta, CFG scale:"),
+        (Some("euler-a"), "euler-a", "Sampler: Euler a, CFG scale:"),
+        (None, "dpm++2m-karras", "Sampler: DPM++ 2M, Schedule type: Karras, CFG scale:"),
+    ] {
+        let flags = ["-m", model, "-s", "1", "--steps=2", "--threads=1"];
+        let scheduler = asked.into_iter().flat_map(|name| ["--scheduler", name]);
+        let flags: Vec<&str> = flags.into_iter().chain(scheduler).collect();
+        let done = |words: &[&str]| {
+            let output = run(folder.path(), words, &[("HOME", "home")]);
+            assert_eq!(output.status.code(), Some(0), "{words:?}: {}", text(&output.stderr));
+            output
+        };
+        done(&[&["a fox", "-o", "x.png"][..], &flags].concat());
+        let (path, verify) = (folder.path().join("x.png"), done(&["verify", "-q", "x.png"]));
+        let (_, parameters) = read_png(&path);
+        let found = record(&path);
+        assert_eq!((found.scheduler.as_deref(), &*found.resolved_scheduler), (asked, used));
+        assert!(parameters.contains(part), "{parameters}");
+        assert_eq!(text(&verify.stdout), "x.png: bit-exact\n", "{used}");
+        // A batch keeps its books by the same settings.
+        fs::write(folder.path().join("jobs.txt"), "a fox").unwrap();
+        let out = format!("out-{used}");
+        let events = done(&[&["batch", "jobs.txt", "--out-dir", &out][..], &flags].concat());
+        let key = format!("\"settings\":\"{}\"", found.key());
+        assert!(text(&events.stdout).contains(&key), "{used}: {}", text(&events.stdout));
+    }
+}
+
 /// A child that a failing test does not leave behind.
 #[cfg(unix)]
 struct Running(std::process::Child);

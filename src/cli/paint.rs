@@ -161,7 +161,7 @@ pub(super) fn paint_pictures(
     let provenance = painter.provenance()?;
     let finish = |((order, request), picture): ((&Order<'_>, &PictureRequest<'_>), Picture)| {
         let Order { job, seed, .. } = *order;
-        let scheduler = job.scheduler.unwrap_or(painter.scheduler());
+        let scheduler = painter.scheduler(job.scheduler);
         let parameters = Parameters {
             prompt: request.prompt.to_owned(),
             negative_prompt: request.negative_prompt.to_owned(),
@@ -175,7 +175,7 @@ pub(super) fn paint_pictures(
             clip_skip: job.clip_skip.get(),
             denoising_strength: job.image.as_ref().map(|image| image.strength),
         };
-        let settings = Settings::new(job, seed, picture.size(), provenance.clone());
+        let settings = Settings::new(job, seed, picture.size(), scheduler, provenance.clone());
         Painted { picture, parameters, settings }
     };
     Ok(orders.iter().zip(&requests).zip(painted).map(finish).collect())

@@ -227,8 +227,8 @@ impl<T: Backend, U: Backend, V: Backend> PaintOnDevice for LoadedPainter<T, U, V
         self.pipeline.default_size()
     }
 
-    fn scheduler(&self) -> SchedulerChoice {
-        self.pipeline.scheduler_choice()
+    fn scheduler(&self, named: Option<SchedulerChoice>) -> SchedulerChoice {
+        self.pipeline.scheduler_choice(named)
     }
 
     fn dtype(&self) -> DType {

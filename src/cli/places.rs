@@ -191,8 +191,8 @@ pub(super) trait PaintOnDevice {
     /// The size that the model was trained for.
     fn default_size(&self) -> ImageSize;
 
-    /// The scheduler that pictures are made with.
-    fn scheduler(&self) -> SchedulerChoice;
+    /// As [`Painter::scheduler`].
+    fn scheduler(&self, named: Option<SchedulerChoice>) -> SchedulerChoice;
 
     /// Number type of the computation.
     fn dtype(&self) -> DType;
@@ -231,8 +231,8 @@ impl Painter for PlacedPainter {
         self.painter.default_size()
     }
 
-    fn scheduler(&self) -> SchedulerChoice {
-        self.painter.scheduler()
+    fn scheduler(&self, named: Option<SchedulerChoice>) -> SchedulerChoice {
+        self.painter.scheduler(named)
     }
 
     fn paint(
@@ -249,7 +249,6 @@ impl Painter for PlacedPainter {
         let Identity { weights_hash, encoder_hash, vae_hash, config_hash } =
             self.identity.wait()?;
         Ok(Provenance {
-            scheduler: self.painter.scheduler().to_string(),
             dtype: self.painter.dtype().as_str().into(),
             weights_hash,
             encoder_hash,

@@ -26,8 +26,9 @@ pub trait Painter {
     /// The size that the model was trained for.
     fn default_size(&self) -> ImageSize;
 
-    /// The scheduler that pictures are made with whose job names none.
-    fn scheduler(&self) -> SchedulerChoice;
+    /// The scheduler that pictures are made with whose job names this one, or none, and how its
+    /// sigmas are spaced: where the name does not say, the model does.
+    fn scheduler(&self, named: Option<SchedulerChoice>) -> SchedulerChoice;
 
     /// What of a picture's record the model and its devices decide; waits for the model's hash if
     /// that is not computed yet.
@@ -252,13 +253,12 @@ mod tests {
             ImageSize { height: 16, width: 24 }
         }
 
-        fn scheduler(&self) -> SchedulerChoice {
-            SchedulerKind::DpmSolverMultistep.into()
+        fn scheduler(&self, named: Option<SchedulerChoice>) -> SchedulerChoice {
+            named.unwrap_or(SchedulerKind::DpmSolverMultistep.into())
         }
 
         fn provenance(&mut self) -> Result<Provenance> {
             Ok(Provenance {
-                scheduler: "dpm++2m".into(),
                 dtype: "f32".into(),
                 weights_hash: "00".repeat(32),
                 encoder_hash: None,

@@ -76,7 +76,7 @@ pub struct Settings {
     pub strength: Option<f64>,
     /// The scheduler that was asked for by its name for `--scheduler`; none is the model's own.
     pub scheduler: Option<String>,
-    /// The scheduler that was used.
+    /// The scheduler that was used, with the sigmas that the model has where the name is without.
     pub resolved_scheduler: String,
     /// Number type of the computation: `f32`, `f16` or `bf16`.
     pub dtype: String,
@@ -142,8 +142,6 @@ pub struct ModelRecord {
 /// What of a record the loaded model and its devices decide.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Provenance {
-    /// The scheduler of jobs that name none.
-    pub scheduler: String,
     /// See [`Settings::dtype`].
     pub dtype: String,
     /// See [`ModelRecord::weights_hash`].
@@ -168,9 +166,14 @@ fn is_false(value: &bool) -> bool {
 }
 
 impl Settings {
-    /// The record of one of a job's pictures.
-    pub fn new(job: &Job, seed: u64, size: ImageSize, provenance: Provenance) -> Self {
-        let scheduler = job.scheduler.map(|choice| choice.to_string());
+    /// The record of one of a job's pictures, made with a scheduler.
+    pub fn new(
+        job: &Job,
+        seed: u64,
+        size: ImageSize,
+        scheduler: impl std::fmt::Display,
+        provenance: Provenance,
+    ) -> Self {
         let image = job.image.as_ref();
         let texts = job.texts(seed);
         let negative_prompt = texts.negative_prompt.into_owned();
@@ -193,8 +196,8 @@ impl Settings {
             image: image.map(|image| FileRecord::of(&image.image)),
             mask_image: image.and_then(|image| image.mask.as_ref()).map(FileRecord::of),
             strength: image.map(|image| image.strength),
-            scheduler: scheduler.clone(),
-            resolved_scheduler: scheduler.unwrap_or(provenance.scheduler),
+            scheduler: job.scheduler.map(|choice| choice.to_string()),
+            resolved_scheduler: scheduler.to_string(),
             dtype: provenance.dtype,
             vae_tiling: job.vae_tiling,
             low_memory: job.low_memory,
@@ -309,7 +312,6 @@ pub(super) mod tests {
     pub fn settings() -> Settings {
         let job = job_of("a fox|-s|18446744073709551615|-g|7.1|-n|blurry|--steps|3|-m|org/name");
         let provenance = Provenance {
-            scheduler: "ddim".into(),
             dtype: "f32".into(),
             weights_hash: "ab".repeat(32),
             encoder_hash: Some("ef".repeat(32)),
@@ -319,7 +321,8 @@ pub(super) mod tests {
             device: "cpu".into(),
             kernel_path: Some("avx512".into()),
         };
-        Settings::new(&job, job.seed, ImageSize { height: 64, width: 128 }, provenance)
+        let size = ImageSize { height: 64, width: 128 };
+        Settings::new(&job, job.seed, size, "ddim", provenance)
     }
 
     #[test]

@@ -172,7 +172,8 @@ pub fn verify(verify: &VerifyJob, open: &mut OpenPainter<'_>) -> Result<ExitCode
         // Whatever it shows, it was cut or scaled.
         false => None,
     };
-    let here = Settings::new(job, job.seed, request.size, painter.provenance()?);
+    let (scheduler, provenance) = (painter.scheduler(job.scheduler), painter.provenance()?);
+    let here = Settings::new(job, job.seed, request.size, scheduler, provenance);
     drop((painter, display));
     // With the loss that the file has, so that nothing else is left to differ.
     let made = made.map(|made| made.as_kept_by(*format)).transpose()?;

@@ -54,11 +54,17 @@ impl SchedulerConfig {
             kind.info().algorithm_type.is_none_or(|own| own == algorithm_type)
         };
         let kind = self.kinds().find(is_it)?;
+        Some(self.in_force(kind.into()))
+    }
+
+    /// What a choice comes to with this configuration, which spaces the sigmas where the choice
+    /// does not: so is the [`Scheduler`]'s own choice.
+    pub fn in_force(&self, choice: SchedulerChoice) -> SchedulerChoice {
         let is_set = |sigmas: &SigmaSchedule| {
             self.given.get(sigmas.field()).is_some_and(|value| *value == Value::Bool(true))
         };
-        let sigmas = SigmaSchedule::ALL.into_iter().find(is_set);
-        Some(SchedulerChoice::new(kind, sigmas).unwrap_or(kind.into()))
+        let sigmas = choice.sigmas().or_else(|| SigmaSchedule::ALL.into_iter().find(is_set));
+        SchedulerChoice::new(choice.kind(), sigmas).unwrap_or(choice)
     }
 
     /// The schedulers that the class can be.
@@ -118,12 +124,10 @@ impl SchedulerConfig {
                 given.insert(key.to_owned(), value);
             }
         }
-        // A flag that this configuration sets is part of the name.
-        let choice = Self { class_name: class_name.into(), given: given.clone() }.choice();
         let fields = Fields { class_name, given };
         let num_train_timesteps = super::training::num_train_timesteps(&fields)?;
-        let choice = SchedulerChoice::new(kind, choice.and_then(SchedulerChoice::sigmas));
-        let choice = choice.unwrap_or(kind.into());
+        // A flag that this configuration sets is part of the name.
+        let choice = self.in_force(choice);
         Ok(Scheduler { choice, num_train_timesteps, settings: kind.read(&fields)? })
     }
 }
@@ -360,6 +364,7 @@ mod tests {
             let choice = SchedulerChoice::parse(chosen).unwrap();
             let scheduler = config.for_scheduler(choice).unwrap();
             assert_eq!(scheduler.choice().to_string(), result, "{class_name} {chosen}");
+            assert_eq!(config.in_force(choice), scheduler.choice(), "{class_name} {chosen}");
         };
         let none = json!({});
         let karras = json!({ "use_karras_sigmas": true });

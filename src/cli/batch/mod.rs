@@ -43,7 +43,7 @@ use crate::error::{Error, Result};
 use crate::image::ImageSize;
 use crate::pipeline::{self, Outline};
 use crate::progress::Progress;
-use crate::schedule::SchedulerChoice;
+use crate::schedule::{SchedulerChoice, SchedulerConfig};
 
 /// Largest file of jobs, in bytes.
 const MAX_JOBS_BYTES: usize = 256 << 20;
@@ -171,7 +171,8 @@ fn run(batch: &BatchJob, stream: &Stream) -> Result<ExitCode> {
             .map_err(|error| error.context(format!("line {line}")))?;
     }
     let identity = Identity::of(&model, variant.as_ref(), job.image.is_some())?;
-    let known = Known::new(&job, &outline, &identity, &additions);
+    let schedulers = SchedulerConfig::parse(&model.scheduler_config()?)?;
+    let known = Known::new(&job, &outline, schedulers, &identity, &additions);
     let mut report = Report::new(batch, &display, stream, outline.size);
     let mut waiting = Vec::new();
     for task in &batch.tasks {
@@ -255,14 +256,23 @@ fn remove_leftovers(batch: &BatchJob) {
 struct Known {
     /// The size that the model was trained for.
     size: ImageSize,
+    /// The scheduler of jobs that name none.
+    own: Option<SchedulerChoice>,
+    /// What the names of others come to.
+    schedulers: SchedulerConfig,
     provenance: Provenance,
 }
 
 impl Known {
-    fn new(job: &Job, outline: &Outline, identity: &Identity, additions: &AdditionRecords) -> Self {
+    fn new(
+        job: &Job,
+        outline: &Outline,
+        schedulers: SchedulerConfig,
+        identity: &Identity,
+        additions: &AdditionRecords,
+    ) -> Self {
         let Identity { weights_hash, encoder_hash, vae_hash, config_hash } = identity.clone();
         let provenance = Provenance {
-            scheduler: outline.scheduler.map(|choice| choice.to_string()).unwrap_or_default(),
             dtype: job.dtype.as_str().into(),
             weights_hash,
             encoder_hash,
@@ -273,11 +283,15 @@ impl Known {
             device: String::new(),
             kernel_path: None,
         };
-        Self { size: outline.size, provenance }
+        Self { size: outline.size, own: outline.scheduler, schedulers, provenance }
     }
 
     /// The hash of all that determines a picture.
     fn key(&self, Task { job, seed, .. }: &Task) -> String {
-        Settings::new(job, *seed, job.picture_size(self.size), self.provenance.clone()).key()
+        let named = job.scheduler.map(|named| self.schedulers.in_force(named));
+        // One of the two is there, or the batch would not run.
+        let scheduler = named.or(self.own).map(|used| used.to_string()).unwrap_or_default();
+        let size = job.picture_size(self.size);
+        Settings::new(job, *seed, size, scheduler, self.provenance.clone()).key()
     }
 }

@@ -33,14 +33,13 @@ impl Painter for Mortal {
         SIZE
     }
 
-    fn scheduler(&self) -> SchedulerChoice {
-        SchedulerKind::Euler.into()
+    fn scheduler(&self, named: Option<SchedulerChoice>) -> SchedulerChoice {
+        named.unwrap_or(SchedulerKind::Euler.into())
     }
 
     fn provenance(&mut self) -> Result<Provenance> {
         let text = String::new;
         Ok(Provenance {
-            scheduler: text(),
             dtype: text(),
             encoder_hash: None,
             weights_hash: text(),
