@@ -255,6 +255,41 @@ fn sums(criterion: &mut Criterion, device: &Device) -> Result<()> {
     Ok(())
 }
 
+/// What joins, mixes and shows images: skips of the UNet, a step of a scheduler, the last op.
+fn moves(criterion: &mut Criterion, device: &Device) -> Result<()> {
+    for [batch, channels, skip, side] in [[2, 320, 320, 64], [2, 640, 320, 64], [2, 1280, 640, 32]]
+    {
+        let (x, candle) = pair(&[batch, channels, side, side], device)?;
+        let (y, candle_skip) = pair(&[batch, skip, side, side], device)?;
+        let (x, y) = (image(&x)?, image(&y)?);
+        side_by_side(
+            criterion,
+            &format!("cat {batch}x{channels}+{skip}x{side}x{side}"),
+            || Tensor::cat(&[&x, &y], 1),
+            || Candle::cat(&[&candle, &candle_skip], 1),
+        );
+    }
+    let (x, candle) = pair(&[1, 4, 64, 64], device)?;
+    side_by_side(
+        criterion,
+        "linear_combination of 3 latents",
+        || Tensor::linear_combination(&[(0.5, &x), (0.25, &x), (-0.125, &x)]),
+        || ((&candle * 0.5)? + (&candle * 0.25)?)? - (&candle * 0.125)?,
+    );
+    let (x, candle) = pair(&[1, 3, 512, 512], device)?;
+    let x = image(&x)?;
+    side_by_side(
+        criterion,
+        "pixels 512x512",
+        || x.pixels(),
+        || {
+            let scaled = ((&candle + 1.0)? * 127.5)?.clamp(0f32, 255f32)?;
+            scaled.permute((0, 2, 3, 1))?.round()?.to_dtype(DType::U8)?.contiguous()
+        },
+    );
+    Ok(())
+}
+
 /// A weight as tiny-sd's files hold it, half and channels-last; beside it candle's conversion.
 fn loading(criterion: &mut Criterion, device: &Device) -> Result<()> {
     let dims = [1280, 1280, 3, 3];
@@ -288,6 +323,7 @@ fn all(criterion: &mut Criterion) {
         norms(criterion, &device)?;
         linear(criterion, &device)?;
         sums(criterion, &device)?;
+        moves(criterion, &device)?;
         loading(criterion, &device)
     };
     if let Err(error) = run(criterion) {

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use candle_core::DType;
+use tiny_sd::backend::GroupNorm;
 use tiny_sd::backend::cpu::{Device, Storage};
 use tiny_sd::model::unet::{TextKeyValues, UNetConfig};
 use tiny_sd::model::vae::VaeConfig;
@@ -20,6 +21,10 @@ use tiny_sd::tensor::Tensor;
 use tiny_sd::weights::{Component, Model};
 
 type Cpu = Tensor<Storage>;
+/// Norms in a row that are one evaluation of the stage `norm`, and their channels.
+const NORMS: usize = 20;
+const NORM_CHANNELS: usize = 320;
+
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// What the command line says.
@@ -54,7 +59,7 @@ fn main() -> Result<()> {
                 answer(&[began.elapsed().as_secs_f64()])?;
             }
             ["save", stage, path] => {
-                let values = stages.evaluate(stage)?;
+                let values = stages.evaluate(stage)?.to_dtype(DType::F32)?.to_vec::<f32>()?;
                 let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
                 fs::write(path, bytes)?;
                 answer(&[])?;
@@ -94,6 +99,7 @@ fn options() -> Result<Option<Options>> {
 struct Stages {
     unet: Option<(UNet<Storage>, Cpu, Cpu, TextKeyValues<Storage>)>,
     vae: Option<(Decoder<Storage>, Cpu)>,
+    norm: Option<Norm>,
 }
 
 impl Stages {
@@ -101,7 +107,7 @@ impl Stages {
         let folder = Model::open(&options.model, None)?;
         let has = |stage: &str| options.stages.iter().any(|known| known == stage);
         let (side, inputs) = (options.side, &options.inputs);
-        let mut loaded = Self { unet: None, vae: None };
+        let mut loaded = Self { unet: None, vae: None, norm: None };
         if has("unet") {
             let config = UNetConfig::parse(&folder.config(Component::Unet)?)?;
             let (channels, width) = (config.in_channels, config.cross_attention_dim);
@@ -125,18 +131,47 @@ impl Stages {
             let vae = Decoder::load(config, loader)?;
             loaded.vae = Some((vae, input(inputs, "vae-latents", &shape, device)?));
         }
+        if has("norm") {
+            let shape = [2, NORM_CHANNELS, side, side];
+            let image = input(inputs, "norm-image", &shape, device)?.to_dtype(options.dtype)?;
+            loaded.norm = Some(Norm {
+                // As images lie between ops.
+                image: image.permute(&[0, 2, 3, 1])?.contiguous()?.permute(&[0, 3, 1, 2])?,
+                weight: input(inputs, "norm-weight", &[NORM_CHANNELS], device)?
+                    .to_dtype(options.dtype)?,
+            });
+        }
         Ok(loaded)
     }
 
-    fn evaluate(&self, stage: &str) -> Result<Vec<f32>> {
-        let result = match (stage, &self.unet, &self.vae) {
-            ("unet", Some((unet, latents, timestep, text)), _) => {
+    fn evaluate(&self, stage: &str) -> Result<Cpu> {
+        Ok(match (stage, &self.unet, &self.vae, &self.norm) {
+            ("unet", Some((unet, latents, timestep, text)), ..) => {
                 unet.forward(latents, timestep, text)?
             }
-            ("vae", _, Some((vae, latents))) => vae.forward(latents)?,
+            ("vae", _, Some((vae, latents)), _) => vae.forward(latents)?,
+            ("norm", .., Some(norm)) => norm.evaluate()?,
             _ => return Err(format!("{stage} is not loaded").into()),
-        };
-        Ok(result.to_dtype(DType::F32)?.to_vec::<f32>()?)
+        })
+    }
+}
+
+/// GroupNorm with SiLU, again and again, at the size of the UNet's first block.
+struct Norm {
+    /// (2, channels, height, width)
+    image: Cpu,
+    /// (channels); the bias too
+    weight: Cpu,
+}
+
+impl Norm {
+    fn evaluate(&self) -> Result<Cpu> {
+        let op = GroupNorm { groups: 32, eps: 1e-5, silu: true };
+        let mut image = self.image.clone();
+        for _ in 0..NORMS {
+            image = image.group_norm(&self.weight, &self.weight, op)?;
+        }
+        Ok(image)
     }
 }
 

@@ -44,7 +44,10 @@ pub trait Element: Kept {
     /// Shows a slice to `see` in blocks of whole `row`s, as f32.
     fn read_blocks(from: &[Self], row: usize, mut see: impl FnMut(&[f32])) {
         let size = (BLOCK / row).max(1) * row;
-        let mut wide = vec![0.0; size.min(from.len())];
+        let mut wide = Vec::new();
+        if Self::as_f32(from).is_none() {
+            wide.resize(size.min(from.len()), 0.0);
+        }
         for from in from.chunks(size) {
             see(Self::read(from, &mut wide));
         }

@@ -30,25 +30,18 @@ fn group_norm_of<T: Element>(
     let image = channels * height * width;
     // Whole pixels for each task.
     let task = (TASK / channels).max(1) * channels;
-    let tasks = image.div_ceil(task);
-    let sums: Vec<Vec<f64>> = (0..x.len() / image * tasks)
-        .into_par_iter()
-        .map(|i| {
-            let image = &x[i / tasks * image..][..image];
-            let start = i % tasks * task;
-            let mut sums = vec![0.0; 2 * channels];
-            let pixels = &image[start..image.len().min(start + task)];
-            T::read_blocks(pixels, channels, |pixels| sum_pixels(pixels, &mut sums));
-            sums
-        })
-        .collect();
-    let scales: Vec<Vec<f32>> = sums
-        .chunks(tasks)
-        .map(|tasks| scale_and_shift(op, tasks, height * width, &weight, &bias))
-        .collect();
     let mut values = spare::take::<T>(x.len())?;
-    // One image after another, so that a piece never spans two.
-    for ((to, from), scale) in values.chunks_mut(image).zip(x.chunks(image)).zip(&scales) {
+    // One image after another: the second look at it finds it in a cache.
+    for (to, from) in values.chunks_mut(image).zip(x.chunks(image)) {
+        let sums: Vec<Vec<f64>> = from
+            .par_chunks(task)
+            .map(|pixels| {
+                let mut sums = vec![0.0; 2 * channels];
+                T::read_blocks(pixels, channels, |pixels| sum_pixels(pixels, &mut sums));
+                sums
+            })
+            .collect();
+        let scale = scale_and_shift(op, &sums, height * width, &weight, &bias);
         let pieces = to.par_chunks_mut(task).zip(from.par_chunks(task));
         pieces.for_each(|(to, from)| {
             let (scale, shift) = scale.split_at(channels);
@@ -84,14 +77,17 @@ fn scale_and_shift(
     let per_group = channels / op.groups;
     let count = (per_group * pixels) as f64;
     let mut result = vec![0.0; 2 * channels];
-    for channel in 0..channels {
-        let group = channel / per_group * per_group..(channel / per_group + 1) * per_group;
-        let mean = sum[group.clone()].iter().sum::<f64>() / count;
-        let square = squares[group].iter().sum::<f64>() / count;
+    let groups = sum.chunks_exact(per_group.max(1)).zip(squares.chunks_exact(per_group.max(1)));
+    for (group, (sum, squares)) in groups.enumerate() {
+        let mean = sum.iter().sum::<f64>() / count;
+        let square = squares.iter().sum::<f64>() / count;
         let variance = (square - mean * mean).max(0.0);
-        let scale = f64::from(weight[channel]) / (variance + op.eps).sqrt();
-        result[channel] = scale as f32;
-        result[channels + channel] = (f64::from(bias[channel]) - mean * scale) as f32;
+        let deviation = (variance + op.eps).sqrt();
+        for channel in group * per_group..(group + 1) * per_group {
+            let scale = f64::from(weight[channel]) / deviation;
+            result[channel] = scale as f32;
+            result[channels + channel] = (f64::from(bias[channel]) - mean * scale) as f32;
+        }
     }
     result
 }
