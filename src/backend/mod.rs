@@ -176,10 +176,37 @@ pub type Outputs<S> = Vec<(S, Layout)>;
 pub enum Begun<S> {
     /// Run it; nobody records.
     Run,
-    /// Run it; [`Device::end_program`] or [`Device::abort_program`] ends the recording.
+    /// Run it; a [`Recording`] ends what is recorded.
     Record,
     /// It was replayed: its results.
     Replayed(Outputs<S>),
+}
+
+/// The work that [`Begun::Record`] began: aborted if it is dropped, also by a panic, before it is
+/// ended. A device that records for somebody who is gone would record for nobody else.
+pub struct Recording<'a, D: Device>(Option<&'a D>);
+
+impl<'a, D: Device> Recording<'a, D> {
+    /// What `device` has begun.
+    pub fn of(device: &'a D) -> Self {
+        Self(Some(device))
+    }
+
+    /// As [`Device::end_program`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn end(mut self, outputs: &[View<'_, D::Storage>]) -> Result<Option<Outputs<D::Storage>>> {
+        self.0.take().map_or(Ok(None), |device| device.end_program(outputs))
+    }
+}
+
+impl<D: Device> Drop for Recording<'_, D> {
+    fn drop(&mut self) {
+        if let Some(device) = self.0 {
+            device.abort_program();
+        }
+    }
 }
 
 /// Where in torch's random stream noise begins.

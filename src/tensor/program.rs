@@ -6,7 +6,7 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use super::Tensor;
-use crate::backend::{Backend, Begun, Device, Outputs, View};
+use crate::backend::{Backend, Begun, Device, Outputs, Recording, View};
 use crate::error::{Error, Result};
 
 /// Runs `work` on `inputs`, or has the device replay what it did before.
@@ -32,9 +32,10 @@ pub fn program<B: Backend>(
     match device.begin_program(&key, &storages)? {
         Begun::Run => work(),
         Begun::Record => {
-            let output = work().inspect_err(|_| device.abort_program())?;
+            let recording = Recording::of(device);
+            let output = work()?;
             let view = View { storage: &*output.storage, layout: &output.layout };
-            match device.end_program(&[view])? {
+            match recording.end(&[view])? {
                 Some(outputs) => the_one(outputs, name),
                 None => Ok(output),
             }

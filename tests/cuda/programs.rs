@@ -119,6 +119,20 @@ fn constants_of_a_program_stay_what_they_are() -> Result<()> {
 }
 
 #[test]
+fn work_that_panics_while_it_is_recorded_leaves_the_device_to_others() -> Result<()> {
+    let device = device();
+    let x = one(1.0, &device)?;
+    std::thread::scope(|scope| {
+        let panics = || program("broken", &device, &[&x], || panic!("on purpose")).map(drop);
+        assert!(scope.spawn(panics).join().is_err());
+    });
+    let double = || program("double", &device, &[&x], || x.add(&x))?.to_vec::<f32>();
+    assert_eq!((double()?, double()?), (vec![2.0], vec![2.0]));
+    assert_eq!(device.replays(), 1);
+    Ok(())
+}
+
+#[test]
 fn other_threads_work_while_one_records() -> Result<()> {
     let device = device();
     let x = one(1.0, &device)?;

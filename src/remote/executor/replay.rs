@@ -10,7 +10,7 @@ use super::super::op::Id;
 use super::super::program::{Program, Recorded, Step};
 use super::super::wire::malformed;
 use super::{Executor, Made, poison, slot};
-use crate::backend::{Backend, Begun, Device as _, Meta, Outputs, View};
+use crate::backend::{Backend, Begun, Device as _, Meta, Outputs, Recording, View};
 use crate::error::Result;
 
 impl<B: Backend> Executor<B> {
@@ -37,7 +37,8 @@ impl<B: Backend> Executor<B> {
         let storages: Option<Vec<&B>> =
             inputs.iter().map(|input| Some(&input.as_ref().ok()?.storage)).collect();
         let Some(storages) = storages else { return self.run_steps(program, inputs) };
-        let device = &self.shared.device;
+        let shared = self.shared.clone();
+        let device = &shared.device;
         match self.on_device(|| device.begin_program(program.key(), &storages)) {
             Err(error) => vec![Err(poison(error)); program.outputs_len()],
             Ok(Begun::Run) => self.run_steps(program, inputs),
@@ -46,24 +47,25 @@ impl<B: Backend> Executor<B> {
                 self.charge_all(outputs)
             }
             Ok(Begun::Record) => {
+                let recording = Recording::of(device);
                 let made = self.run_steps(program, inputs);
-                self.end_recording(made)
+                self.end_recording(recording, made)
             }
         }
     }
 
     /// Ends what the device records of a program that was run.
-    fn end_recording(&self, made: Vec<Made<B>>) -> Vec<Made<B>> {
-        let device = &self.shared.device;
+    fn end_recording(
+        &self,
+        recording: Recording<'_, B::Device>,
+        made: Vec<Made<B>>,
+    ) -> Vec<Made<B>> {
         let buffers: Option<Vec<&Buffer<B>>> =
             made.iter().map(|made| made.as_deref().ok()).collect();
-        let Some(buffers) = buffers else {
-            device.abort_program();
-            return made;
-        };
+        let Some(buffers) = buffers else { return made };
         let views: Vec<_> =
             buffers.iter().map(|b| View { storage: &b.storage, layout: &b.meta.layout }).collect();
-        match self.on_device(|| device.end_program(&views)) {
+        match self.on_device(|| recording.end(&views)) {
             Ok(None) => made,
             Ok(Some(outputs)) => self.charge_all(outputs),
             Err(error) => vec![Err(poison(error)); made.len()],
