@@ -13,7 +13,7 @@ use tiny_sd::progress::Silent;
 use tiny_sd::tensor::Tensor;
 use tiny_sd::weights::Model;
 
-use super::{check_ops, check_pictures, check_unets, check_worker};
+use super::{check_ops, check_pictures, check_split_sums, check_unets, check_worker};
 use crate::golden::{Case, cases as cases_of, psnr};
 use crate::views;
 
@@ -25,6 +25,12 @@ fn device() -> cuda::Device {
 #[ignore = "needs an NVIDIA GPU: scripts/gpu-check"]
 fn every_op_gives_what_the_cpu_gives_up_to_rounding() -> Result<()> {
     check_ops(&device())
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: scripts/gpu-check"]
+fn sums_of_small_images_are_split_and_the_batch_changes_no_bit() -> Result<()> {
+    check_split_sums(&device())
 }
 
 #[test]

@@ -17,7 +17,8 @@ use crate::error::{Error, Result};
 
 /// Rows and columns of a small tile of the result.
 const SMALL_TILE: usize = 64;
-/// Tiles of one image below which sums are split, so that a small image keeps a large GPU busy.
+/// Tiles of one image, counted once for each part of their sums, that it is brought up to at most:
+/// so a small image keeps a large GPU busy.
 const TILES_OF_AN_IMAGE: usize = 128;
 /// Products of one number of the result that a part has at least.
 const PRODUCTS_OF_A_PART: usize = 1024;
@@ -62,9 +63,9 @@ impl Window {
         let device = x.storage.device();
         let rows = self.batch * self.out_size[0] * self.out_size[1];
         let result = device.elements(dtype, rows * self.out)?;
-        let partials = if self.parts > 1 { self.parts * rows * self.out } else { 0 };
-        let partials = device.elements(DType::F32, partials)?;
-        let partials_or_null = if self.parts > 1 { partials.address() } else { Address(0) };
+        let floats = || device.elements(DType::F32, self.parts * rows * self.out);
+        let partials = (self.parts > 1).then(floats).transpose()?;
+        let partials_or_null = partials.as_ref().map_or(Address(0), Storage::address);
         let sizes = ints([
             self.batch,
             self.size[0],
