@@ -101,7 +101,7 @@ command, tiny-sd models lists. Data sets and models of other programs in it are 
 never removed.
 
 Weights that a worker keeps are elsewhere, by their content and not by a model's name: see
---cache-dir and --cache-bytes in tiny-sd worker --help. Removing a model here takes none there.
+--cache-dir and --cache-size in tiny-sd worker --help. Removing a model here takes none there.
 
 Examples:
   tiny-sd models list

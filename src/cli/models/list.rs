@@ -148,9 +148,17 @@ fn why_lacking(folder: &ModelFolder, components: &[(Component, &str)], files: &[
         reasons.push(format!("lacks the weights of {}", missing.join(", ")));
     }
     if !others.is_empty() {
-        reasons.push(format!("has the weights of {} only (--variant)", others.join(", of ")));
+        let flag = common_variant(folder, files);
+        let flag = flag.map_or(String::new(), |name| format!(" (--variant {name})"));
+        reasons.push(format!("has the weights of {} only{flag}", others.join(", of ")));
     }
     reasons.join(", and ")
+}
+
+/// A variant that a run finds all components in, as it asks each of them for it.
+fn common_variant(folder: &ModelFolder, files: &[String]) -> Option<String> {
+    let [first, rest @ ..] = Component::ALL.map(|component| variants(folder, component, files));
+    first.into_iter().find(|name| rest.iter().all(|names| names.contains(name)))
 }
 
 /// The variants of a component's weights: words in the names of files by which a run finds some.
@@ -373,17 +381,16 @@ mod tests {
         const EMA: &str = "unet/diffusion_pytorch_model.non_ema.bin";
         const SHARD: &str = "unet/diffusion_pytorch_model.int8-00001-of-00002.safetensors";
         const VAE: &str = "vae/diffusion_pytorch_model.safetensors";
+        const INT8_VAE: &str = "vae/diffusion_pytorch_model.int8.bin";
         let whole = configs("");
         for (names, expected) in [
-            (&[INT8, VAE][..], "has the weights of unet as int8 only (--variant)"),
-            (&[INT8, EMA, VAE], "has the weights of unet as int8, non_ema only (--variant)"),
+            (&[INT8, VAE][..], "has the weights of unet as int8 only"),
+            (&[INT8, EMA, VAE], "has the weights of unet as int8, non_ema only"),
+            (&[INT8], "lacks the weights of vae, and has the weights of unet as int8 only"),
+            (&[INT8, INT8_VAE], "has the weights of unet as int8, of vae as int8 only"),
             (
-                &[INT8],
-                "lacks the weights of vae, and has the weights of unet as int8 only (--variant)",
-            ),
-            (
-                &[INT8, "vae/diffusion_pytorch_model.int8.bin"],
-                "has the weights of unet as int8, of vae as int8 only (--variant)",
+                &[INT8, INT8_VAE, "text_encoder/model.int8.safetensors"],
+                "has the weights of unet as int8, of vae as int8 only (--variant int8)",
             ),
             (&[SHARD, VAE], "lacks the weights of unet"),
         ] {
@@ -396,10 +403,7 @@ mod tests {
         let config = ("config.json", r#"{"_class_name": "AutoencoderTiny"}"#);
         let weights = ("diffusion_pytorch_model.int8.safetensors", "x");
         let shown = shown(&[config, weights]).unwrap();
-        assert!(
-            shown.ends_with("has the weights of the VAE as int8 only (--variant)\n"),
-            "{shown}"
-        );
+        assert!(shown.ends_with("has the weights of the VAE as int8 only\n"), "{shown}");
     }
 
     #[test]
