@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use tiny_sd::image::{ImageSize, Parameters, Picture, PictureTexts};
 
 use super::golden::fixtures;
-use super::processes::{Worker, picture};
+use super::processes::{Worker, picture, signal};
 
 fn model(name: &str) -> String {
     fixtures().join("models").join(name).to_str().unwrap().to_owned()
@@ -387,4 +387,21 @@ fn the_recipe_with_make_makes_what_has_changed_and_nothing_else() {
     ends_with(0, &shell(folder.path(), "make"));
     assert_eq!(prompts(&at("pictures")), ["a cat", "a fox"]);
     assert_eq!(modified("pictures/cat.png"), cat);
+}
+
+#[cfg(unix)]
+#[test]
+fn info_of_a_pipe_that_stays_silent_ends_at_the_first_signal() {
+    use std::os::unix::process::ExitStatusExt;
+
+    let folder = TempDir::new().unwrap();
+    let pipe = folder.path().join("picture.png");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let mut info =
+        Command::new(env!("CARGO_BIN_EXE_tiny-sd")).arg("info").arg(&pipe).spawn().unwrap();
+    // There when it reads.
+    let silent = fs::OpenOptions::new().write(true).open(&pipe).unwrap();
+    signal("TERM", info.id());
+    drop(silent);
+    assert_eq!(info.wait().unwrap().signal(), Some(15));
 }

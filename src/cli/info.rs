@@ -144,10 +144,13 @@ pub(super) fn parse(
 /// # Errors
 /// If what is asked about cannot be read.
 pub fn tell(job: &InfoJob) -> Result<()> {
-    interrupt::install(true)?;
     let found = match &job.what {
+        // It may be a pipe that nobody writes to: a signal ends that at once.
         Subject::File(path) => file(job, path)?,
-        Subject::Model(source) => model(job, source)?,
+        Subject::Model(source) => {
+            interrupt::install(true)?;
+            model(job, source)?
+        }
     };
     let text = match job.is_json {
         true => format!("{}\n", found.json),
